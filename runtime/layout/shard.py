@@ -1,0 +1,108 @@
+"""What an actor says of its memory: shards with it, pieces and layouts without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wavecast.runtime.errors import LayoutError
+from wavecast.runtime.layout.box import Box
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ("Shard", "Piece", "Place", "Layout", "describe")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """
+    A strided view of local memory that sits at ``offset`` of a logical tensor.
+
+    :ivar name: the logical tensor's name in a Hugging Face checkpoint
+    :ivar view: local elements, of any strides and device; its shape is the shard's extent
+    :ivar offset: where the view's first element sits in the logical tensor, one number a dim
+    :ivar global_shape: the logical tensor's shape
+    :raises LayoutError: when the view does not fit in the logical tensor
+    """
+
+    name: str
+    view: torch.Tensor
+    offset: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offset", tuple(self.offset))
+        object.__setattr__(self, "global_shape", tuple(self.global_shape))
+        _check_fit(self.name, self.offset, tuple(self.view.shape), self.global_shape)
+
+    @property
+    def box(self) -> Box:
+        """The box of the logical tensor that the view holds."""
+        return Box(self.offset, tuple(self.view.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """
+    A shard without its memory: what the planner sees.
+
+    :ivar tensor: the logical tensor's name
+    :ivar box: the elements held
+    :ivar global_shape: the logical tensor's shape
+    :ivar dtype: the name of the elements' dtype, such as ``"bfloat16"``
+    """
+
+    tensor: str
+    box: Box
+    global_shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """
+    Where an actor's memory is; equal places make neighbours.
+
+    :ivar node: the node's id
+    :ivar device: the device's own id (a GPU's UUID), or ``"cpu"``
+    """
+
+    node: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """
+    All that one actor holds.
+
+    :ivar pieces: in the order the actor gave its shards
+    :ivar place: where, if known: the planner prefers near senders
+    """
+
+    pieces: tuple[Piece, ...]
+    place: Place | None = None
+
+
+def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
+    """Return the layout of ``shards``: names, boxes, shapes and dtypes, without the memory."""
+    return Layout(
+        tuple(
+            Piece(shard.name, shard.box, shard.global_shape, str(shard.view.dtype).removeprefix("torch."))
+            for shard in shards
+        ),
+        place,
+    )
+
+
+def _check_fit(name: str, offset: tuple[int, ...], extent: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    fits = len(offset) == len(extent) == len(shape) and all(
+        0 <= a and a + n <= size for a, n, size in zip(offset, extent, shape, strict=False)
+    )
+    if not fits:
+        raise LayoutError(
+            f"shard of {name!r} at offset {offset} with extent {extent} does not fit in global shape {shape}",
+            tensor=name,
+        )
