@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ("WavecastError", "LayoutError", "SyncError")
+__all__ = ("WavecastError", "ConfigError", "CheckpointError", "SyncError", "LayoutError")
 
 
 class WavecastError(Exception):
     """Base of the runtime's own errors."""
 
 
-class LayoutError(WavecastError):
+class ConfigError(WavecastError):
+    """Raised for an unknown preset, an impossible mesh or options that contradict each other."""
+
+
+class CheckpointError(WavecastError):
+    """Raised when a checkpoint directory is missing, truncated or not what its header says."""
+
+
+class SyncError(WavecastError):
+    """Raised when a sync did not bring every replica to the new version. Base of every failure of a sync."""
+
+
+class LayoutError(SyncError):
     """
     Raised when layouts cannot be served: something missing, overlapping, or disagreeing in shape or dtype.
 
@@ -21,7 +33,3 @@ class LayoutError(WavecastError):
         super().__init__(message)
         self.tensor = tensor
         self.actors = actors
-
-
-class SyncError(WavecastError):
-    """Raised when a sync did not bring every replica to the new version. Base of every failure of a sync."""
