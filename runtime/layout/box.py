@@ -45,3 +45,86 @@ class Box:
             a <= b and b + m <= a + n
             for a, n, b, m in zip(self.offset, self.extent, other.offset, other.extent, strict=True)
         )
+
+    def subtract(self, other: Box) -> tuple[Box, ...]:
+        """
+        Return disjoint boxes that hold exactly the elements of this box outside ``other``.
+
+        At most two a dim, in the order of the dims: the slab before ``other``, then the slab behind it.
+        """
+        common = self.intersect(other)
+        if common is None:
+            return (self,) if self.numel else ()
+
+        rest: list[Box] = []
+        offset, extent = list(self.offset), list(self.extent)
+        for dim, (start, size) in enumerate(zip(common.offset, common.extent, strict=True)):
+            stop, end = start + size, offset[dim] + extent[dim]
+            for low, high in ((offset[dim], start), (stop, end)):
+                if low < high:
+                    offset[dim], extent[dim] = low, high - low
+                    rest.append(Box(tuple(offset), tuple(extent)))
+
+            offset[dim], extent[dim] = start, size
+
+        return tuple(rest)
+
+    def rows(self, start: int, stop: int, *, dim: int = 0) -> Box:
+        """
+        Return the box of the indices ``start`` to ``stop`` along ``dim``, counted from this box's own first.
+
+        :raises ValueError: when the range does not lie in this box
+        """
+        if not 0 <= start <= stop <= self.extent[dim]:
+            raise ValueError(f"rows {start} to {stop} are not in a box of {self.extent[dim]}")
+
+        return Box(
+            (*self.offset[:dim], self.offset[dim] + start, *self.offset[dim + 1 :]),
+            (*self.extent[:dim], stop - start, *self.extent[dim + 1 :]),
+        )
+
+    def split_flat(self, start: int, stop: int) -> tuple[Box, ...]:
+        """
+        Return the boxes of the elements ``start`` to ``stop`` of this box, counted in row-major order.
+
+        In that order themselves, so that their elements one after the other are the range; at most ``2 n - 1`` of
+        them in ``n`` dims: a ragged beginning, whole rows, a ragged end.
+
+        :raises ValueError: when the range does not lie in this box
+        """
+        if not 0 <= start <= stop <= self.numel:
+            raise ValueError(f"elements {start} to {stop} are not in a box of {self.numel}")
+
+        return _split_flat((), self.offset, (), self.extent, start, stop)
+
+
+def _split_flat(
+    fixed: tuple[int, ...],
+    offset: tuple[int, ...],
+    ones: tuple[int, ...],
+    extent: tuple[int, ...],
+    start: int,
+    stop: int,
+) -> tuple[Box, ...]:
+    if start == stop:
+        return ()
+
+    row = math.prod(extent[1:])
+    first, head = divmod(start, row)
+    last, tail = divmod(stop, row)
+    if not extent or (head == 0 and tail == 0):
+        whole = (offset[0] + first, *offset[1:]) if extent else ()
+        return (Box(fixed + whole, ones + ((last - first, *extent[1:]) if extent else ())),)
+
+    def within(index: int, low: int, high: int) -> tuple[Box, ...]:
+        return _split_flat((*fixed, offset[0] + index), offset[1:], (*ones, 1), extent[1:], low, high)
+
+    if first == last:
+        return within(first, head, tail)
+
+    boxes = within(first, head, row) if head else ()
+    first += head > 0
+    if first < last:
+        boxes += (Box((*fixed, offset[0] + first, *offset[1:]), (*ones, last - first, *extent[1:])),)
+
+    return boxes + (within(last, 0, tail) if tail else ())

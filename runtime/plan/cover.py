@@ -1,0 +1,225 @@
+"""One tensor's geometry: destination boxes cut against source boxes, and the proof that they are covered."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from wavecast.runtime.errors import LayoutError
+from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.dtypes import ITEMSIZE
+from wavecast.runtime.plan.placement import Holding
+from wavecast.runtime.plan.route import is_castable
+
+__all__ = ("Cell", "cover_tensor")
+
+_Key = TypeVar("_Key", Box, tuple[Box, str])
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """
+    A box that some actors want and others hold: a route whose sender is not chosen yet.
+
+    :ivar box: the elements
+    :ivar dtype: what the receivers want
+    :ivar holders: source actors that hold all of the box, ascending
+    :ivar receivers: destination actors that want it in this dtype, ascending
+    :ivar nbytes: elements times the dtype's size
+    """
+
+    box: Box
+    dtype: str
+    holders: tuple[int, ...]
+    receivers: tuple[int, ...]
+    nbytes: int
+
+
+def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence[Holding]) -> tuple[Cell, ...]:
+    """
+    Cut what ``destinations`` want of one tensor into boxes that ``sources`` hold.
+
+    Every element of every destination box is in exactly one of its actor's cells. Cells equal in box and dtype are
+    one, with all who want them. Where no two sources overlap partly there is one cell for each pair of boxes that
+    meet; where some do, the smaller box comes first, which leaves each cell the most holders to choose from.
+
+    :raises LayoutError: when global shapes disagree, a dtype cannot be cast, boxes of one destination actor overlap
+        without being equal, or elements are held by no source
+    """
+    _check_shapes(tensor, (*sources, *destinations))
+    _check_dtypes(tensor, sources, destinations)
+    _check_disjoint(tensor, destinations)
+
+    held = _BoxIndex(_merge_actors((holding.box, holding.actors) for holding in sources))
+    wanted = _merge_actors(((holding.box, holding.dtype), holding.actors) for holding in destinations)
+    receivers: dict[tuple[Box, str], tuple[int, ...]] = {}
+    holders: dict[Box, tuple[int, ...]] = {}
+    for (box, dtype), actors in wanted.items():
+        for part, owners in _cut(tensor, box, held, actors):
+            holders[part] = owners
+            receivers[part, dtype] = (*receivers.get((part, dtype), ()), *actors)
+
+    return tuple(
+        Cell(box, dtype, holders[box], tuple(sorted(set(actors))), box.numel * ITEMSIZE[dtype])
+        for (box, dtype), actors in receivers.items()
+    )
+
+
+class _BoxIndex:
+    """Boxes with their holders, sorted along the dim that tells them apart best."""
+
+    def __init__(self, held: dict[Box, tuple[int, ...]]) -> None:
+        self.dim = _best_dim(held)
+        self.boxes = sorted(held, key=self._start)
+        self.holders = held
+        self._starts = [self._start(box) for box in self.boxes]
+        self._longest = max((box.extent[self.dim] for box in held), default=0) if self.dim >= 0 else 0
+
+    def _start(self, box: Box) -> int:
+        return box.offset[self.dim] if self.dim >= 0 else 0
+
+    def near(self, box: Box) -> list[Box]:
+        """Return every box that may meet ``box``, and few others."""
+        if self.dim < 0:
+            return self.boxes
+
+        low = box.offset[self.dim]
+        first = bisect_left(self._starts, low - self._longest + 1)
+        return self.boxes[first : bisect_left(self._starts, low + box.extent[self.dim])]
+
+
+def _cut(tensor: str, box: Box, held: _BoxIndex, receivers: tuple[int, ...]) -> list[tuple[Box, tuple[int, ...]]]:
+    """Return disjoint parts that make up ``box``, in row-major order of their offsets, each with all its holders."""
+    near = held.near(box)
+    parts: dict[Box, list[int]] = {}
+    for source in near:
+        common = box.intersect(source)
+        if common is not None:
+            parts.setdefault(common, []).extend(held.holders[source])
+
+    if sum(part.numel for part in parts) == box.numel and _first_overlap(parts) is None:
+        return [(part, tuple(sorted(set(parts[part])))) for part in sorted(parts)]
+
+    cells: list[Box] = []
+    missing = [box]
+    for part in sorted(parts, key=lambda part: (part.numel, part)):
+        rest: list[Box] = []
+        for fragment in missing:
+            common = fragment.intersect(part)
+            if common is None:
+                rest.append(fragment)
+            else:
+                cells.append(common)
+                rest.extend(fragment.subtract(common))
+
+        missing = rest
+
+    if missing:
+        first = min(missing)
+        raise LayoutError(
+            f"no source holds {tensor!r} at offset {first.offset}, extent {first.extent}, "
+            f"of what actors {receivers} want: offset {box.offset}, extent {box.extent}",
+            tensor=tensor,
+            actors=receivers,
+        )
+
+    owners = [(source, held.holders[source]) for source in near]
+    return [
+        (cell, tuple(sorted({actor for source, actors in owners if source.contains(cell) for actor in actors})))
+        for cell in sorted(cells)
+    ]
+
+
+def _merge_actors(items: Iterable[tuple[_Key, tuple[int, ...]]]) -> dict[_Key, tuple[int, ...]]:
+    """Return the actors of each box that is not empty, in order of first appearance."""
+    merged: dict[_Key, tuple[int, ...]] = {}
+    for key, actors in items:
+        if (key if isinstance(key, Box) else key[0]).numel:
+            merged[key] = (*merged.get(key, ()), *actors)
+
+    return merged
+
+
+def _best_dim(boxes: Iterable[Box]) -> int:
+    """Return the dim with the most different starts, or -1 without dims."""
+    starts: list[set[int]] = []
+    for box in boxes:
+        starts = starts or [set() for _ in box.offset]
+        for seen, start in zip(starts, box.offset, strict=True):
+            seen.add(start)
+
+    return max(range(len(starts)), key=lambda dim: (len(starts[dim]), -dim), default=-1)
+
+
+def _first_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
+    """Return two of ``boxes`` that share an element, or ``None``: a sweep along the dim that tells them apart best."""
+    found = list(boxes)
+    if len(found) < 2:
+        return None
+
+    dim = _best_dim(found)
+    if dim < 0:
+        return found[0], found[1]
+
+    active: list[Box] = []
+    for box in sorted(found, key=lambda box: box.offset[dim]):
+        active = [other for other in active if other.offset[dim] + other.extent[dim] > box.offset[dim]]
+        for other in active:
+            if box.intersect(other) is not None:
+                return other, box
+
+        active.append(box)
+
+    return None
+
+
+def _check_shapes(tensor: str, holdings: Sequence[Holding]) -> None:
+    first = holdings[0]
+    for other in holdings:
+        if other.global_shape != first.global_shape:
+            raise LayoutError(
+                f"actors disagree on the global shape of {tensor!r}: {first.global_shape} on {first.actors}, "
+                f"{other.global_shape} on {other.actors}",
+                tensor=tensor,
+                actors=(*first.actors, *other.actors),
+            )
+
+
+def _check_dtypes(tensor: str, sources: Sequence[Holding], destinations: Sequence[Holding]) -> None:
+    for holding in (*sources, *destinations):
+        if holding.dtype not in ITEMSIZE:
+            raise LayoutError(
+                f"{tensor!r} has the unknown dtype {holding.dtype!r} on {holding.actors}",
+                tensor=tensor,
+                actors=holding.actors,
+            )
+
+    for source in {holding.dtype: holding for holding in sources}.values():
+        for destination in {holding.dtype: holding for holding in destinations}.values():
+            if not is_castable(source.dtype, destination.dtype):
+                raise LayoutError(
+                    f"{tensor!r} is {source.dtype} on {source.actors}, which is not cast to {destination.dtype} "
+                    f"on {destination.actors}",
+                    tensor=tensor,
+                    actors=(*source.actors, *destination.actors),
+                )
+
+
+def _check_disjoint(tensor: str, destinations: Sequence[Holding]) -> None:
+    by_layout: dict[tuple[int, ...], dict[Box, None]] = {}
+    for holding in destinations:
+        if holding.box.numel:
+            by_layout.setdefault(holding.actors, {})[holding.box] = None
+
+    for actors, boxes in by_layout.items():
+        overlap = _first_overlap(boxes)
+        if overlap is not None:
+            a, b = overlap
+            raise LayoutError(
+                f"pieces of {tensor!r} overlap without being equal on {actors}: offset {a.offset}, extent {a.extent} "
+                f"and offset {b.offset}, extent {b.extent}",
+                tensor=tensor,
+                actors=actors,
+            )

@@ -1,0 +1,107 @@
+"""From routes to tasks: the one bridge into the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from wavecast.runtime.plan.chunks import MIN_CHUNK_BYTES, choose_chunk_bytes, cut_run
+from wavecast.runtime.plan.reshard import ReshardPlan
+from wavecast.runtime.plan.route import Route
+from wavecast.scheduler.task import Task
+
+__all__ = ("build_tasks", "task_routes", "relabel", "group_routes")
+
+_Members = tuple[int, tuple[int, ...]]
+
+
+def build_tasks(
+    plan: ReshardPlan, *, chunk_bytes: int | None = None, min_chunk_bytes: int = MIN_CHUNK_BYTES
+) -> tuple[Task, ...]:
+    """
+    Return the tasks that move ``plan``'s routes, with ids from 0 in their order.
+
+    Routes between the same actors are one run of bytes, cut into equal chunks
+    (:func:`~wavecast.runtime.plan.chunks.cut_run`); a task's payload is its chunk's routes. Runs are interleaved by
+    the part of them that is done, runs that start at the same point so that neighbours share no actor where possible:
+    to take tasks by id is a reasonable schedule by itself.
+
+    :param chunk_bytes: the most bytes of a task; left out it follows from the busiest actor's bytes
+    :param min_chunk_bytes: the least that is chosen when ``chunk_bytes`` is left out; a run shorter than that is one
+        task
+    :raises ConfigError: when ``chunk_bytes`` is less than an element
+    """
+    if chunk_bytes is None:
+        busiest = max((*plan.sent_nbytes(), *plan.received_nbytes()), default=0)
+        chunk_bytes = choose_chunk_bytes(busiest, min_chunk_bytes=min_chunk_bytes)
+
+    groups = group_routes(plan.routes)
+    rank = {members: place for place, members in enumerate(sorted(groups, key=_diagonal(groups)))}
+    chunks: list[tuple[float, int, _Members, tuple[Route, ...]]] = []
+    for members, routes in groups.items():
+        cut = cut_run(routes, chunk_bytes=chunk_bytes)
+        for number, payload in enumerate(cut):
+            chunks.append(((2 * number + 1) / (2 * len(cut)), rank[members], members, payload))
+
+    chunks.sort(key=lambda chunk: chunk[:2])
+    return tuple(
+        Task(id, (members[0],), members[1], sum(route.nbytes for route in payload), payload=payload)
+        for id, (_, _, members, payload) in enumerate(chunks)
+    )
+
+
+def group_routes(routes: Iterable[Route]) -> dict[tuple[int, tuple[int, ...]], tuple[Route, ...]]:
+    """Return the routes between the same actors, by ``(sender, receivers)``, all in the order given."""
+    groups: dict[_Members, list[Route]] = {}
+    for route in routes:
+        key = (route.sender, route.receivers)
+        found = groups.get(key)
+        if found is None:
+            groups[key] = [route]
+        else:
+            found.append(route)
+
+    return {members: tuple(found) for members, found in groups.items()}
+
+
+def task_routes(task: Task) -> tuple[Route, ...]:
+    """
+    Return the routes of a task that :func:`build_tasks` made.
+
+    :raises TypeError: when the task carries something else
+    """
+    payload = task.payload
+    if isinstance(payload, tuple) and all(isinstance(route, Route) for route in payload):
+        return payload
+
+    raise TypeError(f"task {task.id} carries no routes")
+
+
+def relabel(task: Task) -> Task:
+    """
+    Return ``task`` with the sender and receivers of its routes made those of the task itself.
+
+    For tasks that a fan-out has rewritten: a receiver that forwards holds each box where it received it, so only the
+    members differ.
+
+    :raises TypeError: when the task carries something else than routes
+    """
+    sender, receivers = task.senders[0], tuple(sorted(task.receivers))
+    routes = task_routes(task)
+    if all(route.sender == sender and route.receivers == receivers for route in routes):
+        return task
+
+    return replace(task, payload=tuple(replace(route, sender=sender, receivers=receivers) for route in routes))
+
+
+def _diagonal(groups: Iterable[_Members]) -> Callable[[_Members], tuple[int, int]]:
+    """Return a sort key that walks the (sender, receivers) table along its diagonals."""
+    members = list(groups)
+    row = {sender: place for place, sender in enumerate(sorted({sender for sender, _ in members}))}
+    column = {receivers: place for place, receivers in enumerate(sorted({receivers for _, receivers in members}))}
+
+    def key(member: _Members) -> tuple[int, int]:
+        sender, receivers = member
+        return (column[receivers] - row[sender]) % len(column), row[sender]
+
+    return key
