@@ -1,0 +1,214 @@
+"""The seam to whatever hosts the actors: Ray, and here alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import anyio
+import ray
+import ray.util
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, TaskCancelledError
+
+from wavecast.runtime import errors
+from wavecast.runtime.transfer.messages import Abort, Close, Failure, Reply, Request
+
+__all__ = ("ActorHandle", "RayActors", "RayHost", "require_event_loop")
+
+R = TypeVar("R")
+
+
+class _RemoteMethod(Protocol):
+    def remote(self, *args: object) -> ray.ObjectRef[Reply]: ...
+
+
+class ActorHandle(Protocol):
+    """Any Ray actor handle whose class mixes in ``TransferWorker``."""
+
+    @property
+    def wavecast_request(self) -> _RemoteMethod: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RayHost:
+    """What an agent asks of the Ray worker it runs in. Travels with each request."""
+
+    def cancelled(self) -> bool:
+        return ray.get_runtime_context().is_canceled()
+
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    def address(self) -> str:
+        return str(ray.util.get_node_ip_address())
+
+
+_HOST = RayHost()
+
+
+class RayActors:
+    """
+    The actors of a group, by number.
+
+    Every call is awaited on the running asyncio loop; there is no thread here.
+
+    :raises NotATransferWorker: for a handle whose class does not mix in ``TransferWorker``
+    """
+
+    def __init__(self, handles: Sequence[ActorHandle]) -> None:
+        self.handles = tuple(handles)
+        for actor, handle in enumerate(self.handles):
+            if not hasattr(handle, "wavecast_request"):
+                raise errors.NotATransferWorker(f"actor {handle!r} does not mix in TransferWorker", actors=(actor,))
+
+        self._running: dict[ray.ObjectRef[Reply], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.handles)
+
+    def start(self, actor: int, request: Request, attachment: object = None) -> ray.ObjectRef[Reply]:
+        """Send ``request`` and return the reference of its answer; :meth:`answer` awaits it."""
+        method = self.handles[actor].wavecast_request
+        ref = method.remote(request, _HOST) if attachment is None else method.remote(request, _HOST, attachment)
+        self._running[ref] = actor
+        return ref
+
+    async def answer(self, ref: ray.ObjectRef[Reply], expected: type[R]) -> R:
+        """
+        Await the answer behind ``ref``.
+
+        :raises SyncError: the actor's own failure, or its death, as the class that fits, naming the actor
+        """
+        actor = self._running[ref]
+        try:
+            reply = await ref
+        except RayError as error:
+            # A cancelled await leaves the reference on the list, for abort() to end; an answer of any kind takes it off.
+            self._running.pop(ref, None)
+            raise _from_ray(error, actor) from error
+
+        self._running.pop(ref, None)
+        if isinstance(reply, Failure):
+            raise _from_failure(reply, actor)
+
+        if not isinstance(reply, expected):
+            raise errors.ActorFailed(
+                f"actor answered {type(reply).__name__} where {expected.__name__} was expected", actors=(actor,)
+            )
+
+        return reply
+
+    async def ask(self, actor: int, request: Request, expected: type[R]) -> R:
+        """Send ``request`` to one actor and await its answer."""
+        return await self.answer(self.start(actor, request), expected)
+
+    async def ask_all(self, requests: Mapping[int, Request], expected: type[R]) -> dict[int, R]:
+        """Send a request each to several actors at once and await all answers; the first failure ends the wait."""
+        refs = {actor: self.start(actor, request) for actor, request in requests.items()}
+        return dict(zip(refs, await self.answers(list(refs.values()), expected), strict=True))
+
+    async def answers(self, refs: Sequence[ray.ObjectRef[Reply]], expected: type[R]) -> list[R]:
+        """Await several answers at once, in order; the first failure ends the wait."""
+        return await _all([self.answer(ref, expected) for ref in refs])
+
+    def waiting_for(self) -> tuple[int, ...]:
+        """The actors that owe an answer, each once, in order."""
+        return tuple(sorted(set(self._running.values())))
+
+    async def abort(self, run: str, reason: str) -> None:
+        """
+        End every call that is running or queued, and the run on all actors.
+
+        Ray's own cancel reaches an actor whose thread is blocked: the agent looks out for it. Returns when every actor
+        has answered; the caller bounds the time. Actors that are dead already are no failure here.
+        """
+        for ref in self._running:
+            ray.cancel(ref, recursive=False)
+
+        for actor in range(len(self.handles)):
+            self.start(actor, Abort(run, reason))
+
+        refs, self._running = dict(self._running), {}
+        async with anyio.create_task_group() as group:
+            for ref in refs:
+                group.start_soon(_settled, ref)
+
+    async def close_all(self) -> None:
+        """Let every actor release what it holds for this group; the caller bounds the time. Dead actors are passed over."""
+        refs = [handle.wavecast_request.remote(Close(), _HOST) for handle in self.handles]
+        async with anyio.create_task_group() as group:
+            for ref in refs:
+                group.start_soon(_settled, ref)
+
+
+async def _settled(ref: ray.ObjectRef[Reply]) -> None:
+    """Wait until a call has ended, in whatever way."""
+    try:
+        await ref
+    except RayError:
+        # Cancelled or dead: both mean that it runs no more, which is all that is asked here.
+        return
+
+
+async def _all(calls: Sequence[Awaitable[R]]) -> list[R]:
+    """Await all of ``calls`` at once; the first failure cancels the others and is raised as it is."""
+    if len(calls) == 1:
+        return [await calls[0]]
+
+    results: dict[int, R] = {}
+    failures: list[errors.SyncError] = []
+
+    async def keep(index: int, call: Awaitable[R]) -> None:
+        try:
+            results[index] = await call
+        except errors.SyncError as error:
+            failures.append(error)
+            group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for index, call in enumerate(calls):
+            group.start_soon(keep, index, call)
+
+    if failures:
+        raise failures[0]
+
+    return [results[index] for index in range(len(calls))]
+
+
+def require_event_loop() -> None:
+    """
+    Check that the caller runs on asyncio.
+
+    :raises UnsupportedEventLoop: on any other loop
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise errors.UnsupportedEventLoop(
+            "a ParameterSyncGroup needs asyncio: Ray's ObjectRef cannot be awaited on another event loop"
+        ) from None
+
+
+def _from_ray(error: RayError, actor: int) -> errors.SyncError:
+    first_line = str(error).partition("\n")[0]
+    if isinstance(error, TaskCancelledError):
+        return errors.SyncAborted("the call was cancelled", actors=(actor,))
+
+    if isinstance(error, (ActorDiedError, ActorUnavailableError, RayActorError)):
+        return errors.ActorDied(f"the actor died: {first_line}", actors=(actor,))
+
+    return errors.ActorFailed(f"the call failed in Ray: {error}", actors=(actor,))
+
+
+def _from_failure(failure: Failure, actor: int) -> errors.SyncError:
+    kind = getattr(errors, failure.kind, errors.ActorFailed)
+    if not (isinstance(kind, type) and issubclass(kind, errors.SyncError)):
+        kind = errors.ActorFailed
+
+    error = kind(failure.message, actors=(actor,), tensor=failure.tensor)
+    if failure.detail:
+        error.add_note(f"On actor {actor}:\n{failure.detail}")
+
+    return error

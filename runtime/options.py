@@ -1,0 +1,78 @@
+"""What a group may be told."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from wavecast.runtime.errors import ConfigError
+from wavecast.scheduler import STRATEGIES
+
+__all__ = ("SyncOptions", "Transport")
+
+Transport = Literal["auto", "nccl", "gloo"]
+
+_ALIGNMENT = 16
+_LEAST_BUDGET = 64 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncOptions:
+    """
+    How a group syncs.
+
+    :ivar transport: ``"nccl"``, ``"gloo"``, or ``"auto"``: NCCL where every actor has a GPU of its own, else gloo
+    :ivar budget_bytes: extra memory an actor may hold for staging; two buckets of half of it take turns.
+        Communicators are counted and reported apart
+    :ivar chunk_bytes: the most bytes of a task; ``None`` chooses by the busiest actor's bytes
+    :ivar strategy: a name in ``wavecast.scheduler.STRATEGIES``, or ``"auto"``
+    :ivar ports: ``"half"``: an actor is in one task at a time; ``"full"``: it may send in one and receive in another
+    :ivar lookahead: how many waves ahead of the oldest unfinished one a task may start; ``None``: any; 0: a barrier
+        after each wave
+    :ivar in_flight: tasks an actor may have been given at a time; it works them off in wave order
+    :ivar deadline_seconds: when a sync is given none of its own
+    :ivar checksum: sum up what is sent and what was written, and compare
+    :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
+    :ivar allow_missing: destination tensors that may stay as they are when no source has them
+    :raises ConfigError: for a value that cannot be
+    """
+
+    transport: Transport = "auto"
+    budget_bytes: int = 1 << 30
+    chunk_bytes: int | None = None
+    strategy: str = "auto"
+    ports: Literal["half", "full"] = "half"
+    lookahead: int | None = None
+    in_flight: int = 2
+    deadline_seconds: float = 300.0
+    checksum: bool = True
+    frequency: int = 1
+    allow_missing: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "allow_missing", frozenset(self.allow_missing))
+        _require(self.transport in ("auto", "nccl", "gloo"), "transport", self.transport, "auto, nccl or gloo")
+        _require(self.budget_bytes >= _LEAST_BUDGET, "budget_bytes", self.budget_bytes, f"at least {_LEAST_BUDGET}")
+        _require(self.chunk_bytes is None or self.chunk_bytes > 0, "chunk_bytes", self.chunk_bytes, "positive or None")
+        _require(
+            self.strategy == "auto" or self.strategy in STRATEGIES,
+            "strategy",
+            self.strategy,
+            f"auto or one of {', '.join(sorted(STRATEGIES))}",
+        )
+        _require(self.ports in ("half", "full"), "ports", self.ports, "half or full")
+        _require(self.lookahead is None or self.lookahead >= 0, "lookahead", self.lookahead, "None, 0 or more")
+        _require(self.in_flight >= 1, "in_flight", self.in_flight, "at least 1")
+        _require(self.deadline_seconds > 0, "deadline_seconds", self.deadline_seconds, "positive")
+        _require(self.frequency >= 0, "frequency", self.frequency, "0 or more")
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes that travel at once: half of the budget, aligned."""
+        return self.budget_bytes // 2 // _ALIGNMENT * _ALIGNMENT
+
+
+def _require(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"option {name} is {value!r}, it must be {wanted}")

@@ -1,0 +1,128 @@
+"""From layouts to programs: all that is decided before a byte moves, and nothing that waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+from wavecast.runtime.errors import LayoutError, TransportUnavailable
+from wavecast.runtime.layout.shard import Layout, Place
+from wavecast.runtime.options import SyncOptions
+from wavecast.runtime.plan.digest import plan_digest
+from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
+from wavecast.runtime.plan.tasks import build_tasks
+from wavecast.runtime.transfer.program import Program, compile_programs
+from wavecast.scheduler import Schedule, plan_waves, verify
+
+__all__ = ("Only", "Preparation", "prepare", "select_names", "choose_transport")
+
+#: Which logical tensors to sync: a set of names or a predicate over names; ``None`` for all.
+Only = Collection[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """
+    A plan made ready to run.
+
+    :ivar digest: of plan and schedule; all actors' programs carry it
+    :ivar step_of: by actor, then by task id: the task's position in that actor's program
+    :ivar groups: sorted actor sets of three or more that broadcast among themselves, in schedule order
+    :ivar edges: sender and receiver of one-to-one tasks, in schedule order
+    """
+
+    plan: ReshardPlan
+    schedule: Schedule
+    digest: str
+    programs: tuple[Program, ...]
+    step_of: tuple[dict[int, int], ...]
+    groups: tuple[tuple[int, ...], ...]
+    edges: tuple[tuple[int, int], ...]
+
+
+def prepare(
+    sources: Sequence[Layout], destinations: Sequence[Layout], options: SyncOptions, names: frozenset[str] | None
+) -> Preparation:
+    """
+    Plan, schedule, verify and compile.
+
+    :param names: the tensors selected, or ``None`` for all
+    :raises LayoutError: when the layouts cannot be served
+    """
+    if names is not None:
+        sources = [_only(layout, names) for layout in sources]
+        destinations = [_only(layout, names) for layout in destinations]
+
+    plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
+    tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes)
+    schedule = plan_waves(tasks, strategy=options.strategy, ports=options.ports)
+    verify(schedule, tasks)
+    # What an actor does with a task depends on these two options as well, and all must agree on it.
+    digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}"
+    programs = compile_programs(
+        schedule,
+        actors=len(sources) + len(destinations),
+        digest=digest,
+        bucket_bytes=options.bucket_bytes,
+        checksum=options.checksum,
+    )
+    step_of = tuple({step.task: index for index, step in enumerate(program.steps)} for program in programs)
+    in_order = [task for wave in schedule.waves for task in wave.tasks]
+    many = [tuple(sorted(task.members)) for task in in_order if len(task.receivers) > 1]
+    one = [(task.senders[0], task.receivers[0]) for task in in_order if len(task.receivers) == 1]
+    return Preparation(plan, schedule, digest, programs, step_of, tuple(dict.fromkeys(many)), tuple(dict.fromkeys(one)))
+
+
+def select_names(destinations: Sequence[Layout], only: Only) -> frozenset[str] | None:
+    """
+    Return the names that ``only`` picks out of what the destinations hold, or ``None`` for all.
+
+    :raises LayoutError: for a name that no destination holds, and when nothing is picked
+    """
+    if only is None:
+        return None
+
+    held = dict.fromkeys(piece.tensor for layout in destinations for piece in layout.pieces)
+    if callable(only):
+        names = frozenset(name for name in held if only(name))
+    else:
+        names = frozenset(only)
+        unknown = sorted(names - held.keys())
+        if unknown:
+            raise LayoutError(f"only= names {unknown[0]!r}, which no destination holds", tensor=unknown[0])
+
+    if not names:
+        raise LayoutError("only= picks no tensor that a destination holds")
+
+    return names
+
+
+def choose_transport(wanted: str, places: Sequence[Place]) -> str:
+    """
+    Return ``"nccl"`` or ``"gloo"``.
+
+    :param wanted: ``"auto"`` takes NCCL where every actor has a GPU of its own
+    :raises TransportUnavailable: when NCCL is asked for and cannot serve these actors
+    """
+    without = tuple(actor for actor, place in enumerate(places) if place.device == "cpu")
+    first: dict[Place, int] = {}
+    shared = next(
+        ((first[place], actor) for actor, place in enumerate(places) if first.setdefault(place, actor) != actor), None
+    )
+    if wanted == "nccl":
+        if without:
+            raise TransportUnavailable("NCCL moves GPU memory, these actors' shards are in host memory", actors=without)
+
+        if shared is not None:
+            raise TransportUnavailable("NCCL needs a GPU for each actor, these share one", actors=shared)
+
+        return "nccl"
+
+    if wanted == "auto" and not without and shared is None:
+        return "nccl"
+
+    return "gloo"
+
+
+def _only(layout: Layout, names: frozenset[str]) -> Layout:
+    return replace(layout, pieces=tuple(piece for piece in layout.pieces if piece.tensor in names))

@@ -1,0 +1,106 @@
+"""What a sync did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from wavecast.scheduler import RunReport
+
+__all__ = ("PhaseSeconds", "SyncReport", "Torn", "ReplicaVersion")
+
+
+@dataclass(frozen=True, slots=True)
+class Torn:
+    """
+    A replica whose weights are not all of one version: some were written, the sync failed, it must not be used.
+
+    :ivar from_version: the last version it had as a whole; ``None`` if it never had one
+    :ivar to_version: the version that was being written
+    """
+
+    from_version: int | None
+    to_version: int
+
+
+#: A replica's version: an integer once it is whole, ``None`` before its first sync, or torn.
+ReplicaVersion = int | Torn | None
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSeconds:
+    """
+    Where a sync's time went.
+
+    :ivar describe: actors read their shards and said what they hold
+    :ivar plan: routes, tasks, waves and programs; next to nothing when cached
+    :ivar connect: rendezvous, communicators, programs sent; next to nothing when cached
+    :ivar transfer: the waves
+    :ivar verify: checksums compared, and the whole check when asked for
+    :ivar commit: every replica took on the version
+    :ivar total: from entering the call to leaving it
+    """
+
+    describe: float
+    plan: float
+    connect: float
+    transfer: float
+    verify: float
+    commit: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """
+    One sync.
+
+    :ivar version: what every replica has now
+    :ivar dry_run: everything was set up and nothing was moved
+    :ivar nbytes: bytes delivered: each receiver's counted
+    :ivar tensors: logical tensors that were synced
+    :ivar partial: ``only=`` left some of the destination's tensors as they were
+    :ivar routes: boxes that travelled
+    :ivar tasks: tasks they were made into
+    :ivar waves: waves, and ``bound_waves`` the fewest possible that is known
+    :ivar makespan_bytes: sum over the waves of the largest task, and ``bound_bytes`` the busiest port's bytes
+    :ivar strategy: the colouring really used
+    :ivar transport: ``"nccl"`` or ``"gloo"``
+    :ivar device: ``"cuda"`` or ``"cpu"``: where the destinations' shards are
+    :ivar staging_bytes: the most extra memory an actor holds for staging
+    :ivar communicator_bytes: the most device memory an actor's communicators took, where it can be measured
+    :ivar connected: whether communicators were made in this sync
+    :ivar planned: whether a plan was made in this sync
+    :ivar seconds: by phase
+    :ivar run: receipts by wave
+    :ivar digest: of plan and schedule
+    """
+
+    version: int
+    dry_run: bool
+    nbytes: int
+    tensors: int
+    partial: bool
+    routes: int
+    tasks: int
+    waves: int
+    bound_waves: int
+    makespan_bytes: int
+    bound_bytes: int
+    gap: float
+    strategy: str
+    ports: Literal["half", "full"] | str
+    transport: str
+    device: str
+    staging_bytes: int
+    communicator_bytes: int
+    connected: bool
+    planned: bool
+    seconds: PhaseSeconds
+    run: RunReport
+    digest: str
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes delivered by the second of the transfer phase, in units of 1e9."""
+        return self.nbytes / self.seconds.transfer / 1e9 if self.seconds.transfer > 0 else 0.0

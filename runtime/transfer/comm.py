@@ -1,0 +1,105 @@
+"""The contract of whatever carries bytes between actors."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+
+__all__ = ("Communicator", "Move", "Deadline", "CommunicatorError", "MoveTimeout")
+
+
+class CommunicatorError(Exception):
+    """Raised when the transport failed or was aborted. The communicator must not be used again."""
+
+
+class MoveTimeout(CommunicatorError):
+    """Raised when a move was not over by its deadline. The communicator must not be used again."""
+
+
+class Deadline:
+    """A moment on this process's monotonic clock."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until the moment; never below a millisecond, so that a wait stays a wait."""
+        return max(self._end - time.monotonic(), 0.001)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the moment is over."""
+        return time.monotonic() >= self._end
+
+
+class Move(Protocol):
+    """One transfer under way."""
+
+    def finish(self, deadline: Deadline) -> None:
+        """
+        Order what follows after the move.
+
+        On a CPU transport this blocks until the bytes are there. On a CUDA transport it returns at once and makes the
+        *current stream* wait; :meth:`Communicator.drain` then blocks. The buffer may be reused by work that comes
+        after this call (on the same stream, for CUDA).
+
+        :raises MoveTimeout: when the deadline passed first
+        :raises CommunicatorError: when the transport failed or was aborted
+        """
+        ...
+
+
+class Communicator(Protocol):
+    """
+    One actor's end of a private group of actors.
+
+    All members of a move call :meth:`start` with the same sender, receivers and size. A member must start its moves in
+    the order of the schedule; moves that share no member need no order. One thread starts and finishes moves; only
+    :meth:`abort` may be called from another.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This actor's number."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where buffers must be."""
+        ...
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory the communicator itself took, as far as it can be measured."""
+        ...
+
+    def start(self, buffer: torch.Tensor, *, sender: int, receivers: tuple[int, ...], deadline: Deadline) -> Move:
+        """
+        Begin to move ``buffer`` (1-d, uint8, contiguous, on :attr:`device`) from ``sender`` to all ``receivers``.
+
+        The sender's buffer is read, each receiver's is written; neither may be touched until the move is finished.
+        On CUDA the move starts after what the current stream holds.
+
+        :raises CommunicatorError: when the transport failed or was aborted
+        """
+        ...
+
+    def drain(self, deadline: Deadline) -> None:
+        """
+        Block until the moves finished so far, and the current stream, are through.
+
+        :raises MoveTimeout: when the deadline passed first
+        :raises CommunicatorError: when the transport failed or was aborted
+        """
+        ...
+
+    def abort(self) -> None:
+        """Fail every move under way or still to come, here and now. May be called from any thread, and again."""
+        ...
+
+    def close(self) -> None:
+        """Release everything. The communicator must not be used again. May be called again."""
+        ...

@@ -1,0 +1,121 @@
+"""An actor's own tensors, addressed by boxes of logical tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from wavecast.runtime.errors import LayoutError
+from wavecast.runtime.layout.shard import Shard
+from wavecast.runtime.transfer.program import Cut
+
+__all__ = ("Memory", "as_bits", "dtype_of", "count_nan")
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Memory:
+    """
+    The shards of one run, found by name.
+
+    :param shards: as the actor's hook returned them, in order
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = tuple(shards)
+        self.device = _common_device(self.shards)
+        self.signature = _signature(self.shards)
+        self._by_name: dict[str, list[Shard]] = {}
+        for shard in self.shards:
+            self._by_name.setdefault(shard.name, []).append(shard)
+
+    def source(self, cut: Cut) -> torch.Tensor:
+        """Return the view that holds ``cut``: the first shard that has all of it."""
+        return self._views(cut)[0]
+
+    def targets(self, cut: Cut) -> list[torch.Tensor]:
+        """Return every view that holds ``cut``: a tied weight may be held twice."""
+        views = [view for view in self._views(cut) if view.dtype == dtype_of(cut.dtype)]
+        if not views:
+            raise LayoutError(f"no shard of {cut.tensor!r} has dtype {cut.dtype}", tensor=cut.tensor)
+
+        return views
+
+    def _views(self, cut: Cut) -> list[torch.Tensor]:
+        box = cut.box
+        views = [_narrow(shard, cut) for shard in self._by_name.get(cut.tensor, ()) if shard.box.contains(box)]
+        if not views:
+            raise LayoutError(
+                f"no shard holds {cut.tensor!r} at offset {cut.offset} with extent {cut.extent}: "
+                "the actor's layout is not the one that was planned",
+                tensor=cut.tensor,
+            )
+
+        return views
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    View ``tensor`` as integers of the same size, strides kept.
+
+    Copies of floating point values may rewrite NaN payloads (``torch._foreach_copy_`` on bfloat16 does); copies of
+    integers never change a bit.
+    """
+    bits = _BITS.get(tensor.element_size())
+    return tensor if bits is None or tensor.dtype == bits else tensor.view(bits)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the torch dtype called ``name``."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise LayoutError(f"torch has no dtype called {name!r}")
+
+    return dtype
+
+
+def count_nan(shards: Sequence[Shard]) -> tuple[tuple[str, int], ...]:
+    """Return the names of the tensors that hold NaN elements, and how many."""
+    found: dict[str, int] = {}
+    for shard in shards:
+        if shard.view.is_floating_point():
+            # float8 has no comparison of its own.
+            view = shard.view.float() if shard.view.element_size() == 1 else shard.view
+            count = int(view.isnan().sum())
+            if count:
+                found[shard.name] = found.get(shard.name, 0) + count
+
+    return tuple(found.items())
+
+
+def _narrow(shard: Shard, cut: Cut) -> torch.Tensor:
+    view = shard.view
+    for dim, (start, length) in enumerate(zip(cut.offset, cut.extent, strict=True)):
+        if length != view.shape[dim]:
+            view = view.narrow(dim, start - shard.offset[dim], length)
+
+    return view
+
+
+def _common_device(shards: Sequence[Shard]) -> torch.device:
+    devices = sorted({str(shard.view.device) for shard in shards})
+    if len(devices) > 1:
+        raise LayoutError(f"an actor's shards must be on one device, these are on {', '.join(devices)}")
+
+    return shards[0].view.device if shards else torch.device("cpu")
+
+
+def _signature(shards: Sequence[Shard]) -> str:
+    """Sum up where the shards are in memory: equal signatures mean that views found before are still good."""
+    summary = hashlib.sha256()
+    for shard in shards:
+        view = shard.view
+        summary.update(
+            repr(
+                (shard.name, shard.offset, view.data_ptr(), view.shape, view.stride(), view.dtype, shard.global_shape)
+            ).encode()
+        )
+
+    return summary.hexdigest()

@@ -1,0 +1,221 @@
+"""What driver and actors say to each other: plain values, pickled by the host's own channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wavecast.runtime.layout.shard import Layout, Place
+from wavecast.runtime.transfer.program import Program
+
+__all__ = (
+    "Request",
+    "Begin",
+    "HostStore",
+    "Connect",
+    "Load",
+    "RunStep",
+    "Probe",
+    "Compare",
+    "Commit",
+    "Abort",
+    "Close",
+    "Reply",
+    "Began",
+    "StoreAddress",
+    "Connected",
+    "StepDone",
+    "Excerpt",
+    "Done",
+    "Failure",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """
+    Opens a run: the actor reads its shards afresh and says what it holds.
+
+    :ivar run: names the run; every later request of it carries it
+    :ivar actor: the actor's number
+    :ivar known: digest of the layout the driver has for this actor; the layout comes back only if it changed
+    :ivar scan: count NaN elements in the shards
+    """
+
+    run: str
+    actor: int
+    known: str = ""
+    scan: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HostStore:
+    """Asks one actor to host the rendezvous of a connection, on its node's own address."""
+
+    connection: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """
+    Builds this actor's end of a connection; all its members get one at the same time.
+
+    :ivar connection: unguessable name, also the prefix of all keys in the store
+    :ivar transport: ``"gloo"`` or ``"nccl"``
+    :ivar rank: this actor's number, out of ``size``
+    :ivar groups: actor sets (sorted, of three or more) that broadcast among themselves
+    :ivar edges: sender and receiver of every one-to-one task, to be warmed up
+    """
+
+    connection: str
+    transport: str
+    host: str
+    port: int
+    rank: int
+    size: int
+    groups: tuple[tuple[int, ...], ...]
+    edges: tuple[tuple[int, int], ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Hands over an actor's program, once a plan."""
+
+    program: Program
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """
+    Runs one step of the loaded program; steps are taken in program order whatever order requests arrive in.
+
+    :ivar step: position in the actor's own program
+    :ivar digest: of the program the driver means
+    :ivar seconds: time left until the sync's deadline
+    """
+
+    run: str
+    step: int
+    digest: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Asks a sender for the bytes of one of its steps, packed on the host."""
+
+    run: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Asks a receiver to compare, bit for bit, what it holds with the bytes in the request's attachment."""
+
+    run: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Makes ``version`` the actor's version: all bytes of the run have arrived and been verified."""
+
+    run: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Gives up the run: nothing more is written, the connection is dropped."""
+
+    run: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Drops the connection, the program and all staging memory."""
+
+
+Request = Begin | HostStore | Connect | Load | RunStep | Probe | Compare | Commit | Abort | Close
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """
+    :ivar digest: of the layout now held
+    :ivar layout: the layout, unless the driver knew the digest
+    :ivar place: node and device of the shards
+    :ivar nan: names of tensors with NaN elements and how many, when scanned
+    :ivar version: last committed version, ``None`` before the first
+    :ivar torn: a run began to write and never committed
+    """
+
+    digest: str
+    layout: Layout | None
+    place: Place
+    nan: tuple[tuple[str, int], ...]
+    version: int | None
+    torn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """Where the rendezvous listens."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """:ivar communicator_bytes: device memory that the connection took"""
+
+    seconds: float
+    communicator_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """
+    :ivar checksum: of the bytes sent, or of those found in the destination's memory afterwards; ``None`` when off
+    :ivar seconds: from the step's start on this actor to its last byte
+    :ivar staging_bytes: extra memory held for staging
+    """
+
+    checksum: int | None
+    seconds: float
+    staging_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """:ivar data: the packed bytes of a step, in the destination's dtypes"""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Nothing to tell but that it is done. ``differing`` names what a comparison found, if it was one."""
+
+    differing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """
+    An exception on the actor, as a value.
+
+    :ivar kind: name of a class in :mod:`wavecast.runtime.errors`
+    :ivar detail: the traceback's text, for the driver's own traceback
+    """
+
+    kind: str
+    message: str
+    detail: str = ""
+    tensor: str = ""
+
+
+Reply = Began | StoreAddress | Connected | StepDone | Excerpt | Done | Failure

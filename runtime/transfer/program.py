@@ -1,0 +1,147 @@
+"""What one actor has to do, in order: sent once, run many times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.dtypes import itemsize
+from wavecast.runtime.plan.route import Route
+from wavecast.scheduler import Schedule
+
+__all__ = ("ALIGNMENT", "Cut", "Step", "Program", "Bucket", "Placed", "compile_programs", "fill_buckets")
+
+#: Every cut starts at a multiple of this many bytes of its bucket, so that it can be viewed in its own dtype.
+ALIGNMENT = 16
+
+
+class Cut(NamedTuple):
+    """A box of a logical tensor and the dtype in which it travels. A named tuple: programs hold very many."""
+
+    tensor: str
+    offset: tuple[int, ...]
+    extent: tuple[int, ...]
+    dtype: str
+
+    @property
+    def box(self) -> Box:
+        """The cut's place in the logical tensor."""
+        return Box(self.offset, self.extent)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes on the wire."""
+        return self.box.numel * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """
+    One task as its members see it; they all hold an equal step.
+
+    :ivar task: the task's id
+    :ivar sender: the actor whose memory is read
+    :ivar receivers: the actors whose memory is written
+    :ivar cuts: what travels, in wire order
+    """
+
+    task: int
+    sender: int
+    receivers: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """
+    All steps of one actor, in wave order.
+
+    :ivar digest: of the plan and schedule it was made from: equal on all actors
+    :ivar actor: whose program it is
+    :ivar bucket_bytes: bytes that travel at once; two buckets are held, one being filled while one travels
+    :ivar checksum: whether both ends of a step sum up its bytes
+    """
+
+    digest: str
+    actor: int
+    bucket_bytes: int
+    checksum: bool
+    steps: tuple[Step, ...]
+
+
+class Placed(NamedTuple):
+    """A cut and the byte at which it starts in its bucket."""
+
+    cut: Cut
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """
+    What travels at once.
+
+    :ivar nbytes: alignment included
+    """
+
+    items: tuple[Placed, ...]
+    nbytes: int
+
+
+def compile_programs(
+    schedule: Schedule, *, actors: int, digest: str, bucket_bytes: int, checksum: bool
+) -> tuple[Program, ...]:
+    """Return the program of each actor: its own steps, in wave order. Tasks carry their routes as payload."""
+    steps: list[list[Step]] = [[] for _ in range(actors)]
+    for wave in schedule.waves:
+        for task in wave.tasks:
+            routes = task.payload
+            if not isinstance(routes, tuple):
+                raise TypeError(f"task {task.id} carries {type(routes).__name__} where a tuple of routes was expected")
+
+            step = Step(task.id, task.senders[0], task.receivers, _cuts(routes))
+            for member in task.members:
+                steps[member].append(step)
+
+    return tuple(Program(digest, actor, bucket_bytes, checksum, tuple(own)) for actor, own in enumerate(steps))
+
+
+def fill_buckets(cuts: Iterable[Cut], *, bucket_bytes: int) -> tuple[Bucket, ...]:
+    """Lay ``cuts`` out in buckets of at most ``bucket_bytes``, in order. Sender and receivers find the same."""
+    buckets: list[Bucket] = []
+    items: list[Placed] = []
+    used = 0
+    for cut in _divide(cuts, bucket_bytes):
+        nbytes = cut.nbytes
+        if items and used + nbytes > bucket_bytes:
+            buckets.append(Bucket(tuple(items), used))
+            items, used = [], 0
+
+        items.append(Placed(cut, used))
+        used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+    if items:
+        buckets.append(Bucket(tuple(items), used))
+
+    return tuple(buckets)
+
+
+def _cuts(routes: tuple[Route, ...]) -> tuple[Cut, ...]:
+    return tuple(Cut(route.tensor, route.offset, route.extent, route.dtype) for route in routes)
+
+
+def _divide(cuts: Iterable[Cut], bucket_bytes: int) -> Iterable[Cut]:
+    """Cut what is larger than a bucket."""
+    for cut in cuts:
+        size = itemsize(cut.dtype)
+        most = bucket_bytes // size
+        numel = cut.box.numel
+        if numel <= most:
+            yield cut
+            continue
+
+        for start in range(0, numel, most):
+            for box in cut.box.split_flat(start, min(start + most, numel)):
+                yield Cut(cut.tensor, box.offset, box.extent, cut.dtype)

@@ -1,0 +1,67 @@
+"""What a user's actor class mixes in."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Sequence
+
+from wavecast.runtime.layout.shard import Shard
+from wavecast.runtime.transfer.agent import Agent, Host
+from wavecast.runtime.transfer.messages import Reply, Request
+
+__all__ = ("TransferWorker",)
+
+_making = threading.Lock()
+
+
+class TransferWorker:
+    """
+    Mix this into an actor class and say what it holds; the rest is the group's doing.
+
+    Needs no ``__init__`` and no option: the class may become a plain, a threaded or an asyncio actor. On an asyncio
+    actor (a class with coroutine methods) the event loop stays free while bytes move.
+
+    A source's weights are read from when ``group.sync()`` is entered until it returns: do not change them meanwhile.
+    A destination's are written in the same span, on all replicas: do not read them meanwhile.
+    """
+
+    def transfer_shards(self) -> Sequence[Shard]:
+        """
+        Return the shards this actor holds: views of its own memory, which a source lends and a destination offers.
+
+        Called once at the begin of every sync, on the actor's own thread. Must be overridden.
+        """
+        raise TypeError(f"{type(self).__name__} mixes in TransferWorker and must define transfer_shards()")
+
+    def wavecast_request(self, request: Request, host: Host, attachment: object = None) -> Reply:
+        """Answer one request of a group's driver. Not for users."""
+        return _agent(self).serve(request, host, attachment)
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        # A class with a coroutine method is hosted on an event loop, which a blocking method would hold up.
+        on_event_loop = any(
+            inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member)
+            for name, member in inspect.getmembers(cls)
+            if name != "wavecast_request"
+        )
+        if on_event_loop:
+            cls.wavecast_request = _request_on_event_loop  # type: ignore[assignment, method-assign]
+
+
+async def _request_on_event_loop(
+    self: TransferWorker, request: Request, host: Host, attachment: object = None
+) -> Reply:
+    return await _agent(self).serve_async(request, host, attachment)
+
+
+def _agent(worker: TransferWorker) -> Agent:
+    """Return the worker's agent, made at its first request: the mixin has no ``__init__`` of its own."""
+    with _making:
+        agent = worker.__dict__.get("_wavecast_agent")
+        if not isinstance(agent, Agent):
+            agent = Agent(worker.transfer_shards)
+            worker.__dict__["_wavecast_agent"] = agent
+
+        return agent
