@@ -1,0 +1,38 @@
+"""Conflict-free waves of transfer tasks: planned with a proof, run asynchronously. Knows nothing of tensors or Ray."""
+
+from wavecast.scheduler.bounds import Bound
+from wavecast.scheduler.coloring import STRATEGIES
+from wavecast.scheduler.cost import LinkCost, TaskCost
+from wavecast.scheduler.errors import RunError, RunTimeout, ScheduleError, SchedulerError, TaskFailed, TaskTimeout
+from wavecast.scheduler.executor import run
+from wavecast.scheduler.ports import PortModel
+from wavecast.scheduler.receipt import RunReport, TaskReceipt, WaveReceipt
+from wavecast.scheduler.schedule import Schedule, Wave, plan_waves
+from wavecast.scheduler.simulate import Simulation, simulate
+from wavecast.scheduler.task import Task
+from wavecast.scheduler.verify import verify
+
+__all__ = (
+    "Task",
+    "PortModel",
+    "plan_waves",
+    "STRATEGIES",
+    "Wave",
+    "Schedule",
+    "Bound",
+    "verify",
+    "LinkCost",
+    "TaskCost",
+    "simulate",
+    "Simulation",
+    "run",
+    "TaskReceipt",
+    "WaveReceipt",
+    "RunReport",
+    "SchedulerError",
+    "ScheduleError",
+    "RunError",
+    "TaskFailed",
+    "TaskTimeout",
+    "RunTimeout",
+)

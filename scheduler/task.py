@@ -13,8 +13,8 @@ class Task:
     """
     Bytes that ``senders`` bring to ``receivers`` in one go.
 
-    Actors are plain integers; what is moved is known to whoever dispatches the task, through ``payload``. An actor may be
-    sender and receiver of the same task: a copy inside it.
+    Actors are plain integers; what is moved is known to whoever dispatches the task, through ``payload``. An actor may
+    be sender and receiver of the same task: a copy inside it.
 
     :ivar id: unique within a schedule
     :ivar senders: actors that hold the bytes, at least one

@@ -1,0 +1,44 @@
+"""What a task costs: the time of a message as a start-up and a rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from wavecast.scheduler.task import Task
+
+__all__ = ("LinkCost", "TaskCost")
+
+TaskCost = Callable[[Task], float]
+"""Return the seconds that a task keeps its members busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkCost:
+    """
+    The alpha-beta model of a link (Hockney 1994): a message takes a start-up and its bytes at a rate.
+
+    A :data:`TaskCost`. A broadcast costs what a message to one receiver does, which is what NVLink and NVSwitch show.
+
+    :ivar alpha_seconds: start-up of a task, whatever its size
+    :ivar nbytes_per_second: rate of a port once it is going
+    :raises ValueError: for a negative start-up or a rate that is not positive
+    """
+
+    alpha_seconds: float = 80e-6
+    nbytes_per_second: float = 360e9
+
+    def __post_init__(self) -> None:
+        if self.alpha_seconds < 0:
+            raise ValueError(f"alpha_seconds is {self.alpha_seconds}: it must be 0 or more")
+
+        if self.nbytes_per_second <= 0:
+            raise ValueError(f"nbytes_per_second is {self.nbytes_per_second}: it must be more than 0")
+
+    def seconds(self, nbytes: float) -> float:
+        """Return how long a message of ``nbytes`` takes."""
+        return self.alpha_seconds + nbytes / self.nbytes_per_second
+
+    def __call__(self, task: Task) -> float:
+        """Return how long ``task`` takes."""
+        return self.alpha_seconds + task.nbytes / self.nbytes_per_second
