@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from wavecast.runtime.errors import ConfigError
@@ -140,9 +141,7 @@ class MeshSpec:
 
     def _default_etp(self) -> int:
         try:
-            return next(
-                (n for n in range(self.tp, 0, -1) if self.tp % n == 0 and self.stage_size % (self.ep * n) == 0), 1
-            )
+            return math.gcd(self.tp, self.stage_size // self.ep) or 1
         except (TypeError, ZeroDivisionError):
             return 1  # an axis is no positive integer: the check that follows names it
 
