@@ -15,7 +15,7 @@ from wavecast.runtime.plan.route import is_castable
 
 __all__ = ("Cell", "cover_tensor")
 
-_Key = TypeVar("_Key", Box, tuple[Box, str])
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence
     _check_dtypes(tensor, sources, destinations)
     _check_disjoint(tensor, destinations)
 
-    held = _BoxIndex(_merge_actors((holding.box, holding.actors) for holding in sources))
-    wanted = _merge_actors(((holding.box, holding.dtype), holding.actors) for holding in destinations)
+    held = _BoxIndex(_merge_actors((each.box, each.actors) for each in sources if each.box.numel))
+    wanted = _merge_actors(((each.box, each.dtype), each.actors) for each in destinations if each.box.numel)
     receivers: dict[tuple[Box, str], tuple[int, ...]] = {}
     holders: dict[Box, tuple[int, ...]] = {}
     for (box, dtype), actors in wanted.items():
@@ -133,11 +133,9 @@ def _cut(tensor: str, box: Box, held: _BoxIndex, receivers: tuple[int, ...]) -> 
 
 
 def _merge_actors(items: Iterable[tuple[_Key, tuple[int, ...]]]) -> dict[_Key, tuple[int, ...]]:
-    """Return the actors of each box that is not empty, in order of first appearance."""
     merged: dict[_Key, tuple[int, ...]] = {}
     for key, actors in items:
-        if (key if isinstance(key, Box) else key[0]).numel:
-            merged[key] = (*merged.get(key, ()), *actors)
+        merged[key] = (*merged.get(key, ()), *actors)
 
     return merged
 
