@@ -65,6 +65,7 @@ async def run(
     :raises TaskFailed: when a dispatch failed; the failure is its cause, and later ones are kept beside it
     :raises TaskTimeout: when a task took longer than ``task_seconds``
     :raises RunTimeout: when the deadline passed
+    :raises ScheduleError: when a task of ``schedule`` comes after one that is in no earlier wave
     :raises ValueError: for a negative ``lookahead`` or an ``in_flight`` below 1
     """
     if lookahead is not None and lookahead < 0:
@@ -76,8 +77,8 @@ async def run(
     if not schedule.waves:
         return RunReport(0.0, ())
 
-    state = ReleaseState(schedule, lookahead=lookahead, in_flight=in_flight)
-    execution = _Execution(schedule, state, dispatch, on_receipt, task_seconds)
+    state = ReleaseState(schedule.order, lookahead=lookahead, in_flight=in_flight)
+    execution = _Execution(schedule, state, dispatch, in_flight, on_receipt, task_seconds)
     return await execution.run(deadline, abort, abort_seconds)
 
 
@@ -91,13 +92,16 @@ class _Execution:
         schedule: Schedule,
         state: ReleaseState,
         dispatch: Callable[[Task], Awaitable[object]],
+        in_flight: int,
         on_receipt: Callable[[TaskReceipt], object] | None,
         task_seconds: Callable[[Task], float] | None,
     ) -> None:
         self._schedule = schedule
         self._tasks = schedule.tasks
+        self._waves = schedule.order.waves
         self._state = state
         self._dispatch = dispatch
+        self._in_flight = in_flight
         self._on_receipt = on_receipt
         self._task_seconds = task_seconds
         self._receipts: list[TaskReceipt | None] = [None] * len(self._tasks)
@@ -130,10 +134,10 @@ class _Execution:
                     # Three ways lead here with tasks unfinished: a failure, the deadline, a cancelled caller.
                     if self._state.unfinished:
                         self._stopped = True
-                        in_flight = self._in_flight()
+                        aborted = self._tasks_in_flight()
                         self._group.cancel_scope.cancel()
-                        if abort is not None and in_flight:
-                            abort_error = await _call_abort(abort, in_flight, abort_seconds)
+                        if abort is not None and aborted:
+                            abort_error = await _call_abort(abort, aborted, abort_seconds)
         finally:
             self._discard_unawaited()
 
@@ -155,7 +159,7 @@ class _Execution:
         # Going on with one of them in the same asyncio task saves starting one. Not so in a long batch, which may
         # pause: the task would be left alone meanwhile.
         kept: int | None = None
-        keeping = keep and len(self._ready) <= 4 and not self._unawaited
+        keeping = keep and len(self._ready) <= 4 and (self._in_flight == 1 or not self._unawaited)
         self._dispatching = True
         try:
             while self._ready and not self._failures and not self._stopped:
@@ -240,7 +244,7 @@ class _Execution:
         started = self._active[position]
         receipt = TaskReceipt(
             self._tasks[position].id,
-            self._state.waves[position],
+            self._waves[position],
             self._tasks[position].nbytes,
             started - self._epoch,
             anyio.current_time() - self._epoch,
@@ -259,7 +263,7 @@ class _Execution:
         self._failures.append((position, exc))
         self._over.set()
 
-    def _in_flight(self) -> tuple[Task, ...]:
+    def _tasks_in_flight(self) -> tuple[Task, ...]:
         positions = list(self._active)
         if self._failures:
             failed = self._failures[0][0]
@@ -291,7 +295,7 @@ class _Execution:
 
         (position, cause), *others = self._failures
         task = self._tasks[position]
-        wave = self._state.waves[position]
+        wave = self._waves[position]
         where = f"task {task.id} of wave {wave} ({task.senders} -> {task.receivers}, {task.nbytes} bytes)"
         kind, what = TaskFailed, f"failed: {cause!r}"
         if isinstance(cause, _Overdue):

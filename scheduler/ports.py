@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.task import Task
 
-__all__ = ("PortModel", "TaskGraph", "build_graph", "task_ports")
+__all__ = ("PortModel", "TaskGraph", "build_graph")
 
 PortModel = Literal["half", "full"]
 """
@@ -67,18 +67,6 @@ class TaskGraph:
                 depths[position] = max((depths[before] + 1 for before in self.after[position]), default=0)
 
         return depths
-
-
-def task_ports(task: Task, ports: PortModel) -> tuple[tuple[int, int], ...]:
-    """
-    Return the ports that ``task`` takes, each once, as (actor, side).
-
-    The side is 0 in the half model; in the full model 0 is the out-port and 1 the in-port.
-    """
-    if ports == "half":
-        return tuple((actor, 0) for actor in task.members)
-
-    return tuple(dict.fromkeys([*((actor, 0) for actor in task.senders), *((actor, 1) for actor in task.receivers)]))
 
 
 def build_graph(tasks: Sequence[Task], ports: PortModel) -> TaskGraph:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from wavecast.scheduler.bounds import Bound, lower_bound
 from wavecast.scheduler.coloring import STRATEGIES
 from wavecast.scheduler.errors import ScheduleError
+from wavecast.scheduler.order import PortOrder, order_ports
 from wavecast.scheduler.ports import PortModel, build_graph
 from wavecast.scheduler.task import Task
 
@@ -56,6 +57,11 @@ class Schedule:
     strategy: str = "given"
     reason: str = ""
     _digest: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    _order: list[PortOrder] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # What was worked out stays behind when a schedule travels.
+        return type(self), (self.waves, self.bound, self.ports, self.strategy, self.reason)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -89,6 +95,20 @@ class Schedule:
             self._digest.append(sha.hexdigest())
 
         return self._digest[0]
+
+    @property
+    def order(self) -> PortOrder:
+        """
+        The queue of tasks at each port, which :func:`~wavecast.scheduler.run` goes by.
+
+        Worked out at the first access, in a few microseconds a task: ask for it off the event loop if that is too long.
+
+        :raises ScheduleError: when a task comes after one that is in no earlier wave
+        """
+        if not self._order:
+            self._order.append(order_ports([wave.tasks for wave in self.waves], self.ports))
+
+        return self._order[0]
 
 
 def plan_waves(tasks: Iterable[Task], *, strategy: str = "auto", ports: PortModel = "half") -> Schedule:

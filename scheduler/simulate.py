@@ -46,19 +46,19 @@ def simulate(
     :param in_flight: unfinished tasks an actor may have
     """
     tasks = schedule.tasks
-    state = ReleaseState(schedule, lookahead=0 if barrier else lookahead, in_flight=in_flight)
+    state = ReleaseState(schedule.order, lookahead=0 if barrier else lookahead, in_flight=in_flight)
     started = [0.0] * len(tasks)
     finished = [0.0] * len(tasks)
     cause = [-1] * len(tasks)
-    port_free: list[tuple[float, int]] = [(0.0, -1)] * state.n_ports
+    port_free: list[tuple[float, int]] = [(0.0, -1)] * len(schedule.order.queues)
     running: list[tuple[float, int]] = []
 
     def begin(positions: list[int], now: float, by: int) -> None:
         for position in positions:
-            start, cause[position] = max([(now, by), *(port_free[port] for port in state.ports[position])])
+            start, cause[position] = max([(now, by), *(port_free[port] for port in schedule.order.ports[position])])
             started[position] = start
             finished[position] = start + cost(tasks[position])
-            for port in state.ports[position]:
+            for port in schedule.order.ports[position]:
                 port_free[port] = (finished[position], position)
 
             heappush(running, (finished[position], position))
