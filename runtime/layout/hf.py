@@ -220,14 +220,19 @@ class _Cutter:
         key = (tensor.shape, tensor.split, parts)
         boxes = self._boxes.get(key)
         if boxes is None:
-            boxes = self._boxes[key] = tuple(tensor.box(parts=parts, index=index) for index in range(parts))
+            cut = (tensor.box(parts=parts, index=index) for index in range(parts))
+            equal: dict[Box, Box] = {}
+            boxes = self._boxes[key] = tuple(equal.setdefault(box, box) for box in cut)
 
-        dtype = tensor.dtype or self._dtype
-        pieces: list[Piece] = []
-        for box in boxes:
-            # Ranks that share a run (or hold all) are neighbours: looking at the last piece finds every equal one.
-            same = bool(pieces) and pieces[-1].box == box
-            pieces.append(pieces[-1] if same else Piece(tensor.name, box, tensor.shape, dtype))
+        # Ranks that share a run (or hold all) are neighbours: looking at the last piece finds every equal one.
+        name, shape, dtype = tensor.name, tensor.shape, tensor.dtype or self._dtype
+        last = Piece(name, boxes[0], shape, dtype)
+        pieces = [last]
+        for box in boxes[1:]:
+            if box is not last.box:
+                last = Piece(name, box, shape, dtype)
+
+            pieces.append(last)
 
         return tuple(pieces)
 

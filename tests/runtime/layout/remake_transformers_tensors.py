@@ -37,7 +37,7 @@ LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 3,
 }
-CASES = {
+CASES: dict[str, dict[str, object]] = {
     "llama": {"model_type": "llama", **BASE},
     "llama with every bias and a head dim": {
         "model_type": "llama",

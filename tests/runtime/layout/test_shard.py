@@ -12,7 +12,7 @@ from wavecast.runtime.layout.shard import Layout, Piece, Place, Shard, describe
 
 def test_a_strided_view_is_a_shard_and_a_piece():
     memory = torch.zeros(6, 10, dtype=torch.bfloat16)
-    shard = Shard(name="w", view=memory[::2, 3:7], offset=[3, 4], global_shape=[9, 8])
+    shard = Shard(name="w", view=memory[::2, 3:7], offset=(3, 4), global_shape=(9, 8))
     assert shard.box == Box((3, 4), (3, 4))
     place = Place("node", "cpu")
     assert describe([shard], place=place) == Layout((Piece("w", Box((3, 4), (3, 4)), (9, 8), "bfloat16"),), place)
