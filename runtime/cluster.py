@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar, cast
 
 import anyio
 import ray
@@ -24,11 +24,8 @@ class _RemoteMethod(Protocol):
     def remote(self, *args: object) -> ray.ObjectRef[Reply]: ...
 
 
-class ActorHandle(Protocol):
-    """Any Ray actor handle whose class mixes in ``TransferWorker``."""
-
-    @property
-    def wavecast_request(self) -> _RemoteMethod: ...
+#: Any Ray actor handle. Ray's own type says nothing of an actor's methods: a group checks for what it needs.
+ActorHandle: TypeAlias = object
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +60,7 @@ class RayActors:
             if not hasattr(handle, "wavecast_request"):
                 raise errors.NotATransferWorker(f"actor {handle!r} does not mix in TransferWorker", actors=(actor,))
 
+        self._methods = [_request_method(handle) for handle in self.handles]
         self._running: dict[ray.ObjectRef[Reply], int] = {}
 
     def __len__(self) -> int:
@@ -70,7 +68,7 @@ class RayActors:
 
     def start(self, actor: int, request: Request, attachment: object = None) -> ray.ObjectRef[Reply]:
         """Send ``request`` and return the reference of its answer; :meth:`answer` awaits it."""
-        method = self.handles[actor].wavecast_request
+        method = self._methods[actor]
         ref = method.remote(request, _HOST) if attachment is None else method.remote(request, _HOST, attachment)
         self._running[ref] = actor
         return ref
@@ -85,7 +83,7 @@ class RayActors:
         try:
             reply = await ref
         except RayError as error:
-            # A cancelled await leaves the reference on the list, for abort() to end; an answer of any kind takes it off.
+            # A cancelled await leaves the reference on the list, for abort() to end; any answer takes it off.
             self._running.pop(ref, None)
             raise _from_ray(error, actor) from error
 
@@ -136,8 +134,8 @@ class RayActors:
                 group.start_soon(_settled, ref)
 
     async def close_all(self) -> None:
-        """Let every actor release what it holds for this group; the caller bounds the time. Dead actors are passed over."""
-        refs = [handle.wavecast_request.remote(Close(), _HOST) for handle in self.handles]
+        """Let every actor release what it holds for this group; the caller bounds the time. Passes over dead actors."""
+        refs = [method.remote(Close(), _HOST) for method in self._methods]
         async with anyio.create_task_group() as group:
             for ref in refs:
                 group.start_soon(_settled, ref)
@@ -175,6 +173,10 @@ async def _all(calls: Sequence[Awaitable[R]]) -> list[R]:
         raise failures[0]
 
     return [results[index] for index in range(len(calls))]
+
+
+def _request_method(handle: ActorHandle) -> _RemoteMethod:
+    return cast("_RemoteMethod", getattr(handle, "wavecast_request"))  # noqa: B009
 
 
 def require_event_loop() -> None:

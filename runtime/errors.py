@@ -41,7 +41,7 @@ class SyncError(WavecastError):
     :ivar tensor: the logical tensor concerned, or ``""``
     :ivar actors: numbers of the actors concerned: sources first, then destinations
     :ivar task: id of the task concerned, or ``None``
-    :ivar phase: ``"describe"``, ``"plan"``, ``"connect"``, ``"transfer"``, ``"verify"`` or ``"commit"``; ``""`` before any
+    :ivar phase: ``"describe"``, ``"plan"``, ``"connect"``, ``"transfer"``, ``"verify"`` or ``"commit"``, or ``""``
     :ivar version: the version that was on its way, or ``None``
     """
 

@@ -477,6 +477,8 @@ class ParameterSyncGroup:
                 commit=seconds("commit"),
                 total=state.watch.total,
             ),
+            reshard_seconds=preparation.reshard_seconds,
+            schedule_seconds=preparation.schedule_seconds,
             run=outcome,
             digest=preparation.digest,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,8 @@ class Preparation:
     :ivar step_of: by actor, then by task id: the task's position in that actor's program
     :ivar groups: sorted actor sets of three or more that broadcast among themselves, in schedule order
     :ivar edges: sender and receiver of one-to-one tasks, in schedule order
+    :ivar reshard_seconds: to find the routes
+    :ivar schedule_seconds: from routes to programs
     """
 
     plan: ReshardPlan
@@ -38,6 +41,8 @@ class Preparation:
     step_of: tuple[dict[int, int], ...]
     groups: tuple[tuple[int, ...], ...]
     edges: tuple[tuple[int, int], ...]
+    reshard_seconds: float
+    schedule_seconds: float
 
 
 def prepare(
@@ -49,11 +54,13 @@ def prepare(
     :param names: the tensors selected, or ``None`` for all
     :raises LayoutError: when the layouts cannot be served
     """
+    start = time.perf_counter()
     if names is not None:
         sources = [_only(layout, names) for layout in sources]
         destinations = [_only(layout, names) for layout in destinations]
 
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
+    resharded = time.perf_counter()
     tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes)
     schedule = plan_waves(tasks, strategy=options.strategy, ports=options.ports)
     verify(schedule, tasks)
@@ -70,7 +77,17 @@ def prepare(
     in_order = [task for wave in schedule.waves for task in wave.tasks]
     many = [tuple(sorted(task.members)) for task in in_order if len(task.receivers) > 1]
     one = [(task.senders[0], task.receivers[0]) for task in in_order if len(task.receivers) == 1]
-    return Preparation(plan, schedule, digest, programs, step_of, tuple(dict.fromkeys(many)), tuple(dict.fromkeys(one)))
+    return Preparation(
+        plan=plan,
+        schedule=schedule,
+        digest=digest,
+        programs=programs,
+        step_of=step_of,
+        groups=tuple(dict.fromkeys(many)),
+        edges=tuple(dict.fromkeys(one)),
+        reshard_seconds=resharded - start,
+        schedule_seconds=time.perf_counter() - resharded,
+    )
 
 
 def select_names(destinations: Sequence[Layout], only: Only) -> frozenset[str] | None:

@@ -72,6 +72,7 @@ class SyncReport:
     :ivar connected: whether communicators were made in this sync
     :ivar planned: whether a plan was made in this sync
     :ivar seconds: by phase
+    :ivar reshard_seconds: what finding the routes took when this plan was made, and ``schedule_seconds`` the rest of it
     :ivar run: receipts by wave
     :ivar digest: of plan and schedule
     """
@@ -97,6 +98,8 @@ class SyncReport:
     connected: bool
     planned: bool
     seconds: PhaseSeconds
+    reshard_seconds: float
+    schedule_seconds: float
     run: RunReport
     digest: str
 

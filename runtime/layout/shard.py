@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,25 @@ from wavecast.runtime.layout.box import Box
 if TYPE_CHECKING:
     import torch
 
-__all__ = ("Shard", "Piece", "Place", "Layout", "describe")
+__all__ = ("Shard", "Computed", "Piece", "Place", "Layout", "describe")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """
+    Stands in for a source's view whose elements are worked out when they are sent: a merged adapter, a quantised weight.
+
+    :ivar shape: of the view
+    :ivar dtype: of its elements
+    :ivar device: where :attr:`read` returns them
+    :ivar read: returns the elements of a box, offsets counted from the view's own first element, as a tensor of that
+        shape, dtype and device; called on the transfer's thread, with the transfer's stream current
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    read: Callable[[Box], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,14 +39,15 @@ class Shard:
     A strided view of local memory that sits at ``offset`` of a logical tensor.
 
     :ivar name: the logical tensor's name in a Hugging Face checkpoint
-    :ivar view: local elements, of any strides and device; its shape is the shard's extent
+    :ivar view: local elements, of any strides and device; its shape is the shard's extent. A source may give a
+        :class:`Computed` in its place
     :ivar offset: where the view's first element sits in the logical tensor, one number a dim
     :ivar global_shape: the logical tensor's shape
     :raises LayoutError: when the view does not fit in the logical tensor
     """
 
     name: str
-    view: torch.Tensor
+    view: torch.Tensor | Computed
     offset: tuple[int, ...]
     global_shape: tuple[int, ...]
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from wavecast.runtime.errors import LayoutError
-from wavecast.runtime.layout.shard import Shard
+from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.shard import Computed, Shard
 from wavecast.runtime.transfer.program import Cut
 
 __all__ = ("Memory", "as_bits", "dtype_of", "count_nan")
@@ -32,28 +33,38 @@ class Memory:
             self._by_name.setdefault(shard.name, []).append(shard)
 
     def source(self, cut: Cut) -> torch.Tensor:
-        """Return the view that holds ``cut``: the first shard that has all of it."""
-        return self._views(cut)[0]
+        """Return what holds ``cut``, from the first shard that has all of it; a computed one works it out now."""
+        shard = self._holders(cut)[0]
+        if isinstance(shard.view, Computed):
+            start = tuple(a - b for a, b in zip(cut.offset, shard.offset, strict=True))
+            return shard.view.read(Box(start, cut.extent))
+
+        return _narrow(shard.view, shard.offset, cut)
 
     def targets(self, cut: Cut) -> list[torch.Tensor]:
         """Return every view that holds ``cut``: a tied weight may be held twice."""
-        views = [view for view in self._views(cut) if view.dtype == dtype_of(cut.dtype)]
+        wanted = dtype_of(cut.dtype)
+        views = [
+            _narrow(shard.view, shard.offset, cut)
+            for shard in self._holders(cut)
+            if isinstance(shard.view, torch.Tensor) and shard.view.dtype == wanted
+        ]
         if not views:
-            raise LayoutError(f"no shard of {cut.tensor!r} has dtype {cut.dtype}", tensor=cut.tensor)
+            raise LayoutError(f"no shard of {cut.tensor!r} can take dtype {cut.dtype}", tensor=cut.tensor)
 
         return views
 
-    def _views(self, cut: Cut) -> list[torch.Tensor]:
+    def _holders(self, cut: Cut) -> list[Shard]:
         box = cut.box
-        views = [_narrow(shard, cut) for shard in self._by_name.get(cut.tensor, ()) if shard.box.contains(box)]
-        if not views:
+        shards = [shard for shard in self._by_name.get(cut.tensor, ()) if shard.box.contains(box)]
+        if not shards:
             raise LayoutError(
                 f"no shard holds {cut.tensor!r} at offset {cut.offset} with extent {cut.extent}: "
                 "the actor's layout is not the one that was planned",
                 tensor=cut.tensor,
             )
 
-        return views
+        return shards
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,9 +91,11 @@ def count_nan(shards: Sequence[Shard]) -> tuple[tuple[str, int], ...]:
     """Return the names of the tensors that hold NaN elements, and how many."""
     found: dict[str, int] = {}
     for shard in shards:
-        if shard.view.is_floating_point():
+        if shard.view.dtype.is_floating_point:
+            whole = Box((0,) * len(shard.offset), tuple(shard.view.shape))
+            held = shard.view.read(whole) if isinstance(shard.view, Computed) else shard.view
             # float8 has no comparison of its own.
-            view = shard.view.float() if shard.view.element_size() == 1 else shard.view
+            view = held.float() if held.element_size() == 1 else held
             count = int(view.isnan().sum())
             if count:
                 found[shard.name] = found.get(shard.name, 0) + count
@@ -90,11 +103,10 @@ def count_nan(shards: Sequence[Shard]) -> tuple[tuple[str, int], ...]:
     return tuple(found.items())
 
 
-def _narrow(shard: Shard, cut: Cut) -> torch.Tensor:
-    view = shard.view
+def _narrow(view: torch.Tensor, offset: tuple[int, ...], cut: Cut) -> torch.Tensor:
     for dim, (start, length) in enumerate(zip(cut.offset, cut.extent, strict=True)):
         if length != view.shape[dim]:
-            view = view.narrow(dim, start - shard.offset[dim], length)
+            view = view.narrow(dim, start - offset[dim], length)
 
     return view
 
@@ -112,10 +124,9 @@ def _signature(shards: Sequence[Shard]) -> str:
     summary = hashlib.sha256()
     for shard in shards:
         view = shard.view
+        where = (view.data_ptr(), view.stride()) if isinstance(view, torch.Tensor) else ()
         summary.update(
-            repr(
-                (shard.name, shard.offset, view.data_ptr(), view.shape, view.stride(), view.dtype, shard.global_shape)
-            ).encode()
+            repr((shard.name, shard.offset, where, tuple(view.shape), view.dtype, shard.global_shape)).encode()
         )
 
     return summary.hexdigest()

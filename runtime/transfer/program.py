@@ -9,6 +9,7 @@ from typing import NamedTuple
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.dtypes import itemsize
 from wavecast.runtime.plan.route import Route
+from wavecast.runtime.plan.tasks import task_routes
 from wavecast.scheduler import Schedule
 
 __all__ = ("ALIGNMENT", "Cut", "Step", "Program", "Bucket", "Placed", "compile_programs", "fill_buckets")
@@ -97,11 +98,7 @@ def compile_programs(
     steps: list[list[Step]] = [[] for _ in range(actors)]
     for wave in schedule.waves:
         for task in wave.tasks:
-            routes = task.payload
-            if not isinstance(routes, tuple):
-                raise TypeError(f"task {task.id} carries {type(routes).__name__} where a tuple of routes was expected")
-
-            step = Step(task.id, task.senders[0], task.receivers, _cuts(routes))
+            step = Step(task.id, task.senders[0], task.receivers, _cuts(task_routes(task)))
             for member in task.members:
                 steps[member].append(step)
 

@@ -1,0 +1,116 @@
+"""``wavecast plan``: the plan and the schedule alone. Imports neither ray nor torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from wavecast.runtime.layout.config import ModelConfig
+from wavecast.runtime.model import Sides, as_table, describe_sides
+from wavecast.runtime.plan.digest import plan_digest
+from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
+from wavecast.runtime.plan.tasks import build_tasks
+from wavecast.scheduler import Schedule, plan_waves, verify
+
+__all__ = ("PlanOutcome", "make_plan", "plan_as_json", "plan_as_table", "gigabytes")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOutcome:
+    """
+    A plan and what it took.
+
+    :ivar seconds: by part: ``describe``, ``reshard``, ``schedule``
+    """
+
+    sides: Sides
+    plan: ReshardPlan
+    schedule: Schedule
+    digest: str
+    seconds: dict[str, float]
+
+
+def make_plan(
+    config: ModelConfig,
+    *,
+    src: str,
+    dst: str,
+    replicas: int,
+    dtype: str,
+    strategy: str,
+    ports: Literal["half", "full"],
+    chunk_bytes: int | None,
+) -> PlanOutcome:
+    """
+    Plan a sync of ``config`` without any actor.
+
+    :raises ConfigError: for an impossible mesh or an unknown strategy
+    """
+    start = time.perf_counter()
+    sides = describe_sides(config, src=src, dst=dst, replicas=replicas, dtype=dtype)
+    described = time.perf_counter()
+    plan = plan_reshard(sides.sources, sides.destinations)
+    resharded = time.perf_counter()
+    tasks = build_tasks(plan, chunk_bytes=chunk_bytes)
+    schedule = plan_waves(tasks, strategy=strategy, ports=ports)
+    verify(schedule, tasks)
+    scheduled = time.perf_counter()
+    seconds = {
+        "describe": described - start,
+        "reshard": resharded - described,
+        "schedule": scheduled - resharded,
+    }
+    return PlanOutcome(sides, plan, schedule, plan_digest(plan, schedule), seconds)
+
+
+def plan_as_json(outcome: PlanOutcome) -> dict[str, object]:
+    """Return the figures of a plan as JSON values."""
+    plan, schedule = outcome.plan, outcome.schedule
+    return {
+        "actors": plan.actors,
+        "pieces": plan.pieces,
+        "routes": len(plan.routes),
+        "tasks": sum(len(wave.tasks) for wave in schedule.waves),
+        "nbytes": plan.nbytes,
+        "waves": len(schedule.waves),
+        "bound_waves": schedule.bound.waves,
+        "makespan_bytes": schedule.makespan_bytes,
+        "bound_bytes": schedule.bound.nbytes,
+        "gap": schedule.gap,
+        "strategy": schedule.strategy,
+        "ports": str(schedule.ports),
+        "digest": outcome.digest,
+        "seconds": outcome.seconds,
+    }
+
+
+def plan_as_table(outcome: PlanOutcome, title: str) -> str:
+    """Return the figures of a plan for a person."""
+    plan, schedule = outcome.plan, outcome.schedule
+    tasks = sum(len(wave.tasks) for wave in schedule.waves)
+    return as_table(
+        title,
+        {
+            "actors": f"{plan.sources} trainers, {plan.destinations} engine ranks",
+            "pieces": f"{plan.pieces:,}",
+            "bytes delivered": gigabytes(plan.nbytes),
+            "routes": f"{len(plan.routes):,}",
+            "tasks": f"{tasks:,}",
+            "waves": f"{len(schedule.waves):,} (at least {schedule.bound.waves:,})",
+            "makespan": f"{gigabytes(schedule.makespan_bytes)} (at least {gigabytes(schedule.bound.nbytes)})",
+            "gap": f"{schedule.gap:.3f}",
+            "strategy": f"{schedule.strategy}, {schedule.ports} duplex",
+            "seconds": ", ".join(f"{name} {value:.3f}" for name, value in outcome.seconds.items()),
+            "digest": outcome.digest[:16],
+        },
+    )
+
+
+def gigabytes(nbytes: int) -> str:
+    """Return ``nbytes`` for a person, in units of 1000."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+
+    return f"{nbytes} B"
