@@ -18,7 +18,7 @@ __all__ = ("Shard", "Computed", "Piece", "Place", "Layout", "describe")
 @dataclass(frozen=True, slots=True, eq=False)
 class Computed:
     """
-    Stands in for a source's view whose elements are worked out when they are sent: a merged adapter, a quantised weight.
+    Stands in for a source's view whose elements are worked out as they are sent: a merged adapter, a quantised weight.
 
     :ivar shape: of the view
     :ivar dtype: of its elements
