@@ -48,7 +48,7 @@ def choose_senders(demands: Sequence[Demand], places: Sequence[Place | None]) ->
     and few pairs of sender and receivers come about, each of which can cost a communicator. A sender that already
     serves the same receivers is preferred, within one part in 128 of its load. Only holders nearest to a receiver
     (same device, else same node) are asked, as long as that at most doubles the load they would have otherwise. Ties
-    rotate over the holders.
+    rotate over the holders, as the one chosen has less left.
 
     :return: for each demand, one share a box; every sender's bytes are within about one part in 128, or 256 KiB, of
         level
@@ -192,7 +192,6 @@ class _Flow:
     holders: _Actors
     left: list[int]  # of each holder's quota; shared by all flows with these holders
     opened: set[int]  # actors that serve these receivers; shared by all flows with these receivers
-    start: int  # where the rotation begins
     current: int = -1
 
 
@@ -204,7 +203,6 @@ class _Ledger:
     slack: dict[int, int]
     _flows: dict[tuple[_Actors, _Actors], _Flow] = field(default_factory=dict)
     _opened: dict[_Actors, set[int]] = field(default_factory=dict)
-    _rotation: dict[_Actors, int] = field(default_factory=dict)
 
     def open(self, sender: int, receivers: _Actors) -> None:
         self._opened.setdefault(receivers, set()).add(sender)
@@ -212,10 +210,8 @@ class _Ledger:
     def flow(self, holders: _Actors, receivers: _Actors) -> _Flow:
         key = (holders, receivers)
         if key not in self._flows:
-            start = self._rotation.get(holders, 0)
-            self._rotation[holders] = start + 1
             opened = self._opened.setdefault(receivers, set())
-            self._flows[key] = _Flow(holders, self.quotas[holders], opened, start % len(holders))
+            self._flows[key] = _Flow(holders, self.quotas[holders], opened)
 
         return self._flows[key]
 
@@ -240,16 +236,14 @@ class _Ledger:
     def _pick(self, flow: _Flow, rows: int, row_nbytes: int) -> tuple[int, int]:
         """Return which holder is to send how many rows."""
         nbytes = rows * row_nbytes
-        left, holders, width = flow.left, flow.holders, len(flow.holders)
-        order = [(flow.start + step) % width for step in range(width)]
-        room = {i: left[i] + self.slack[holders[i]] for i in order}
-        fits = [i for i in order if room[i] >= nbytes]
+        left, holders = flow.left, flow.holders
+        fits = [i for i, actor in enumerate(holders) if left[i] + self.slack[actor] >= nbytes]
         if fits:
             served = [i for i in fits if holders[i] in flow.opened]
             return max(served or fits, key=lambda i: left[i]), rows
 
         # 1. nobody has room for all of it: fill up whoever has most, if that is worth a cut
-        widest = max(order, key=lambda i: left[i])
+        widest = max(range(len(left)), key=lambda i: left[i])
         taken = left[widest] // row_nbytes
         if taken and min(taken, rows - taken) * row_nbytes >= _MIN_CUT_NBYTES:
             return widest, taken

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from wavecast.runtime.errors import ConfigError
@@ -15,20 +16,44 @@ __all__ = ("cut_run", "choose_chunk_bytes", "MIN_CHUNK_BYTES", "MAX_CHUNK_BYTES"
 MIN_CHUNK_BYTES = 16 << 20
 MAX_CHUNK_BYTES = 1 << 30
 
-_CHUNKS_PER_PORT = 12
+_CHUNKS_PER_PORT = 8  # at least so many, to overlap packing with the wire and to leave the schedule room
+_FINEST = 4  # the search goes down to one part in so many of that
+_START_NBYTES = 16 << 20  # what a link could have moved while a message starts
+_KINDS, _COUNTS, _SIZES = 8, 24, 256  # how far the search looks
 _EVEN = 256  # chunks may differ by one part in so many where that spares cutting a row
 _SMALLEST = max(ITEMSIZE.values())
 
 
-def choose_chunk_bytes(port_nbytes: int, *, min_chunk_bytes: int = MIN_CHUNK_BYTES) -> int:
+def choose_chunk_bytes(
+    port_nbytes: int, run_nbytes: Iterable[int] = (), *, min_chunk_bytes: int = MIN_CHUNK_BYTES
+) -> int:
     """
-    Return the chunk size when the busiest port moves ``port_nbytes``: a twelfth of it, from ``min_chunk_bytes`` to 1
-    GiB.
+    Return the chunk size for runs of ``run_nbytes`` bytes each, when the busiest port moves ``port_nbytes``.
 
-    A dozen chunks a port leave the schedule room to fill gaps and the wire to overlap with packing, without paying a
-    message's start more often than needed.
+    Between an eighth and a thirty-second of the busiest port's bytes, and between ``min_chunk_bytes`` and 1 GiB. Within
+    that the size that makes chunks of different runs most alike, since a wave lasts as long as its largest task: runs
+    of 600 and 900 MB are best cut in 300 MB. Each chunk is charged its start, so coarse wins where it is as good.
     """
-    return max(min_chunk_bytes, min(MAX_CHUNK_BYTES, -(-port_nbytes // _CHUNKS_PER_PORT)))
+    most = max(min_chunk_bytes, min(MAX_CHUNK_BYTES, -(-port_nbytes // _CHUNKS_PER_PORT)))
+    least = max(min_chunk_bytes, most // _FINEST)
+    runs = Counter(run_nbytes)
+    heaviest = sorted(runs, key=lambda nbytes: (-nbytes * runs[nbytes], nbytes))[:_SIZES]
+    candidates = {most}
+    for nbytes in heaviest[:_KINDS]:
+        fewest = -(-nbytes // most)
+        for count in range(fewest, min(nbytes // least, fewest + _COUNTS) + 1):
+            candidates.add(-(-nbytes // count))
+
+    def cost(chunk_bytes: int) -> float:
+        cut = [(nbytes, -(-nbytes // chunk_bytes), runs[nbytes]) for nbytes in heaviest]
+        largest = max((nbytes / count for nbytes, count, _ in cut), default=0.0)
+        # A task more than half as long as the longest shares a wave with one of that length, as a rule.
+        return sum(
+            times * count * (_START_NBYTES + (largest if 2 * nbytes > largest * count else nbytes / count))
+            for nbytes, count, times in cut
+        )
+
+    return min(sorted(candidates, reverse=True), key=cost)
 
 
 def cut_run(routes: Sequence[Route], *, chunk_bytes: int) -> tuple[tuple[Route, ...], ...]:

@@ -26,16 +26,17 @@ def build_tasks(
     the part of them that is done, runs that start at the same point so that neighbours share no actor where possible:
     to take tasks by id is a reasonable schedule by itself.
 
-    :param chunk_bytes: the most bytes of a task; left out it follows from the busiest actor's bytes
+    :param chunk_bytes: the most bytes of a task; left out it follows from the busiest actor's bytes and the runs'
     :param min_chunk_bytes: the least that is chosen when ``chunk_bytes`` is left out; a run shorter than that is one
         task
     :raises ConfigError: when ``chunk_bytes`` is less than an element
     """
+    groups = group_routes(plan.routes)
     if chunk_bytes is None:
         busiest = max((*plan.sent_nbytes(), *plan.received_nbytes()), default=0)
-        chunk_bytes = choose_chunk_bytes(busiest, min_chunk_bytes=min_chunk_bytes)
+        runs = (sum(route.nbytes for route in routes) for routes in groups.values())
+        chunk_bytes = choose_chunk_bytes(busiest, runs, min_chunk_bytes=min_chunk_bytes)
 
-    groups = group_routes(plan.routes)
     rank = {members: place for place, members in enumerate(sorted(groups, key=_diagonal(groups)))}
     chunks: list[tuple[float, int, _Members, tuple[Route, ...]]] = []
     for members, routes in groups.items():

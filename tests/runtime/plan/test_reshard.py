@@ -135,6 +135,17 @@ def test_partly_overlapping_sources_are_cut_so_that_each_part_has_all_its_holder
     kit.apply_routes(plan.routes, sources, destinations)
 
 
+def test_smaller_boxes_of_overlapping_sources_come_first(kit) -> None:
+    # One actor holds all, four a quarter each: cut in quarters, every part has two who may send it.
+    shape = (4096, 1024)
+    sources = kit.split("w", shape, 1) + kit.split("w", shape, 4)
+    destinations = kit.split("w", shape, 1)
+    plan = plan_reshard(sources, destinations)
+    kit.apply_routes(plan.routes, sources, destinations)
+    assert len(plan.routes) >= 5
+    assert max(plan.sent_nbytes()) <= 1.01 * min(plan.sent_nbytes())
+
+
 def test_tensors_that_nobody_wants_are_left_alone(kit) -> None:
     sources = [kit.layout(("w", (0,), (4,), (4,), "float32"), ("rotary", (0,), (9,), (9,), "int32"))]
     assert {route.tensor for route in plan_reshard(sources, kit.split("w", (4,), 1)).routes} == {"w"}
@@ -160,6 +171,16 @@ def test_layouts_equal_but_not_identical_are_planned_as_one(kit) -> None:
     sources = kit.split("w", (4,), 2)
     shared = kit.split("w", (4,), 2)
     assert plan_reshard(sources, shared + shared) == plan_reshard(sources, shared + kit.split("w", (4,), 2))
+
+
+def test_layouts_that_differ_in_one_piece_are_told_apart(kit) -> None:
+    def actor(odd: int) -> Layout:
+        return kit.layout(*((f"w{n}", (odd if n == 9 else 0,), (1,), (2,), "float32") for n in range(64)))
+
+    sources, destinations = [actor(0), actor(1)], [actor(1), actor(0), actor(1)]
+    plan = plan_reshard(sources, destinations)
+    kit.apply_routes(plan.routes, sources, destinations)
+    assert [(r.sender, r.receivers) for r in plan.routes if r.tensor == "w9"] == [(1, (2, 4)), (0, (3,))]
 
 
 # What is refused

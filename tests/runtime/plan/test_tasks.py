@@ -59,6 +59,11 @@ def test_chunks_never_exceed_their_limit_even_by_a_row() -> None:
         assert sum(sizes(chunks)) == 499 * 12 + 385 + 4800
 
 
+def test_a_row_is_cut_rather_than_a_chunk_added() -> None:
+    found = sizes(cut_run([route(10_000, 7)], chunk_bytes=93_336))
+    assert found == [93_332, 93_332, 93_336]
+
+
 def test_chunks_of_a_run_are_within_one_part_in_256_of_equal() -> None:
     routes = [route(1536, 333, offset=(1536 * number, 0)) for number in range(37)]
     found = sizes(cut_run(routes, chunk_bytes=3 * MIB))
@@ -88,16 +93,21 @@ def test_a_chunk_smaller_than_an_element_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("port_nbytes", "chunk_bytes"),
-    [(0, MIN_CHUNK_BYTES), (100 * MIB, MIN_CHUNK_BYTES), (1200 * MIB, 100 * MIB), (1 << 40, MAX_CHUNK_BYTES)],
+    [(0, MIN_CHUNK_BYTES), (100 * MIB, MIN_CHUNK_BYTES), (1200 * MIB, 150 * MIB), (1 << 40, MAX_CHUNK_BYTES)],
 )
 def test_the_chunk_size_follows_the_busiest_port(port_nbytes: int, chunk_bytes: int) -> None:
     assert choose_chunk_bytes(port_nbytes) == chunk_bytes
 
 
-def test_a_dozen_chunks_leave_the_busiest_actor(kit) -> None:
+def test_the_chunk_size_makes_chunks_of_different_runs_alike() -> None:
+    assert choose_chunk_bytes(8000 * MIB, [600 * MIB] * 4 + [900 * MIB] * 4 + [MIB]) == 300 * MIB
+    assert choose_chunk_bytes(8000 * MIB, [900 * MIB] * 8) == 900 * MIB
+
+
+def test_eight_chunks_leave_the_busiest_actor(kit) -> None:
     plan = plan_reshard(kit.split("w", (48 * 1024, 1024), 1), kit.split("w", (48 * 1024, 1024), 1))
     tasks = build_tasks(plan)
-    assert [task.nbytes for task in tasks] == [16 * MIB] * 12
+    assert [task.nbytes for task in tasks] == [24 * MIB] * 8
     assert len(build_tasks(plan, min_chunk_bytes=64 * MIB)) == 3
     assert len(build_tasks(plan, chunk_bytes=8 * MIB)) == 24
 
