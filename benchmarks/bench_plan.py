@@ -131,7 +131,7 @@ def best_of(name: str, *, repeat: int) -> dict[str, object]:
     results = [
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(repeat)
     ]
-    best: dict[str, object] = min(results, key=lambda result: float(result["planning_seconds"]))
+    best: dict[str, object] = min(results, key=lambda result: float(str(result["planning_seconds"])))
     return best
 
 

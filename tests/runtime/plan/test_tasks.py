@@ -101,7 +101,7 @@ def test_the_chunk_size_follows_the_busiest_port(port_nbytes: int, chunk_bytes: 
 
 def test_the_chunk_size_makes_chunks_of_different_runs_alike() -> None:
     assert choose_chunk_bytes(8000 * MIB, [600 * MIB] * 4 + [900 * MIB] * 4 + [MIB]) == 300 * MIB
-    assert choose_chunk_bytes(8000 * MIB, [900 * MIB] * 8) == 900 * MIB
+    assert choose_chunk_bytes(8000 * MIB, [900 * MIB] * 8) == 1000 * MIB
 
 
 def test_eight_chunks_leave_the_busiest_actor(kit) -> None:
