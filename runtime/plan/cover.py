@@ -45,8 +45,8 @@ def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence
     one, with all who want them. Where no two sources overlap partly there is one cell for each pair of boxes that
     meet; where some do, the smaller box comes first, which leaves each cell the most holders to choose from.
 
-    :raises LayoutError: when global shapes disagree, a dtype cannot be cast, boxes of one destination actor overlap
-        without being equal, or elements are held by no source
+    :raises LayoutError: when global shapes disagree, a dtype cannot be cast, a box does not fit, boxes of one
+        destination actor overlap without being equal, or elements are held by no source
     """
     _check_shapes(tensor, (*sources, *destinations))
     _check_dtypes(tensor, sources, destinations)
@@ -176,6 +176,7 @@ def _first_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
 def _check_shapes(tensor: str, holdings: Sequence[Holding]) -> None:
     first = holdings[0]
     for other in holdings:
+        _check_fit(tensor, other)
         if other.global_shape != first.global_shape:
             raise LayoutError(
                 f"actors disagree on the global shape of {tensor!r}: {first.global_shape} on {first.actors}, "
@@ -183,6 +184,20 @@ def _check_shapes(tensor: str, holdings: Sequence[Holding]) -> None:
                 tensor=tensor,
                 actors=(*first.actors, *other.actors),
             )
+
+
+def _check_fit(tensor: str, holding: Holding) -> None:
+    offset, extent, shape = holding.box.offset, holding.box.extent, holding.global_shape
+    fits = len(offset) == len(extent) == len(shape) and all(
+        0 <= a <= a + n <= size for a, n, size in zip(offset, extent, shape, strict=True)
+    )
+    if not fits:
+        raise LayoutError(
+            f"a piece of {tensor!r} on {holding.actors} at offset {offset}, extent {extent} does not fit in global "
+            f"shape {shape}",
+            tensor=tensor,
+            actors=holding.actors,
+        )
 
 
 def _check_dtypes(tensor: str, sources: Sequence[Holding], destinations: Sequence[Holding]) -> None:

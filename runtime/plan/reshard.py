@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.plan.balance import Demand, Share, choose_senders
+from wavecast.runtime.plan.collector import paused_collector
 from wavecast.runtime.plan.cover import Cell, cover_tensor
-from wavecast.runtime.plan.placement import Placements, place_tensors
+from wavecast.runtime.plan.placement import Holding, Placements, place_tensors
 from wavecast.runtime.plan.route import Route
 
 __all__ = ("ReshardPlan", "plan_reshard", "routes_digest")
@@ -95,6 +95,11 @@ def plan_reshard(
     :raises LayoutError: naming tensor, box and actors: a tensor or elements that no source holds, global shapes that
         disagree, dtypes that cannot be cast, pieces of one destination actor that overlap without being equal
     """
+    with paused_collector():
+        return _plan(src_layouts, dst_layouts, frozenset(allow_missing))
+
+
+def _plan(src_layouts: Sequence[Layout], dst_layouts: Sequence[Layout], allow_missing: frozenset[str]) -> ReshardPlan:
     sources = place_tensors(src_layouts, first_actor=0)
     destinations = place_tensors(dst_layouts, first_actor=len(src_layouts))
     templates, order = _make_templates(sources, destinations, allow_missing)
@@ -154,7 +159,7 @@ class _Template:
 
 
 def _make_templates(
-    sources: Placements, destinations: Placements, allow_missing: Collection[str]
+    sources: Placements, destinations: Placements, allow_missing: frozenset[str]
 ) -> tuple[list[_Template], list[tuple[_Template, int]]]:
     """Return the templates, and for each tensor in the destinations' order its template and its number there."""
     templates: dict[tuple[tuple[int, ...], tuple[int, ...]], _Template] = {}
@@ -162,10 +167,10 @@ def _make_templates(
     for tensor, wanted in destinations.tensors.items():
         held = sources.tensors.get(tensor)
         if held is None:
-            if tensor in allow_missing:
-                continue
+            if tensor not in allow_missing:
+                _check_empty(tensor, [destinations.holdings[index] for index in wanted])
 
-            _raise_missing(tensor, destinations, wanted)
+            continue
 
         template = templates.get((held, wanted))
         if template is None:
@@ -182,9 +187,14 @@ def _make_templates(
     return list(templates.values()), order
 
 
-def _raise_missing(tensor: str, destinations: Placements, wanted: tuple[int, ...]) -> NoReturn:
-    actors = tuple(sorted({actor for index in wanted for actor in destinations.holdings[index].actors}))
-    box = destinations.holdings[wanted[0]].box
+def _check_empty(tensor: str, wanted: Sequence[Holding]) -> None:
+    """Refuse a tensor without a source, unless all that is wanted of it is nothing."""
+    lacking = [holding for holding in wanted if holding.box.numel]
+    if not lacking:
+        return
+
+    actors = tuple(sorted({actor for holding in lacking for actor in holding.actors}))
+    box = lacking[0].box
     raise LayoutError(
         f"no source holds {tensor!r}, which actors {actors} want, the first of them at offset {box.offset}, "
         f"extent {box.extent}",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from wavecast.runtime.plan.chunks import MIN_CHUNK_BYTES, choose_chunk_bytes, cut_run
+from wavecast.runtime.plan.collector import paused_collector
 from wavecast.runtime.plan.reshard import ReshardPlan
 from wavecast.runtime.plan.route import Route
 from wavecast.scheduler.task import Task
@@ -31,6 +32,11 @@ def build_tasks(
         task
     :raises ConfigError: when ``chunk_bytes`` is less than an element
     """
+    with paused_collector():
+        return _build(plan, chunk_bytes, min_chunk_bytes)
+
+
+def _build(plan: ReshardPlan, chunk_bytes: int | None, min_chunk_bytes: int) -> tuple[Task, ...]:
     groups = group_routes(plan.routes)
     if chunk_bytes is None:
         busiest = max((*plan.sent_nbytes(), *plan.received_nbytes()), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from wavecast.runtime.errors import LayoutError, SyncError
-from wavecast.runtime.layout.shard import Layout
+from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.shard import Layout, Piece
 from wavecast.runtime.plan.reshard import plan_reshard, routes_digest
 from wavecast.runtime.plan.route import Route, is_castable
+from wavecast.runtime.plan.tasks import build_tasks
 
 # (sender, receiver, first row, rows) for a tensor of so many rows
 ODD_WORLDS = [
@@ -275,6 +278,43 @@ def test_pieces_of_one_destination_that_overlap_partly_are_refused(kit) -> None:
 def test_pieces_of_one_destination_that_nest_are_refused(kit) -> None:
     destinations = [kit.layout(("w", (0, 0), (4, 4), (4, 4), "float32"), ("w", (1, 1), (2, 2), (4, 4), "float32"))]
     refuse(kit.split("w", (4, 4), 1), destinations, "overlap without being equal")
+
+
+@pytest.mark.parametrize(
+    ("offset", "extent"), [((3,), (2,)), ((-1,), (2,)), ((0, 0), (4, 1)), ((0,), (4, 1)), ((4,), (-1,)), ((), ())]
+)
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_piece_outside_its_tensor_is_refused(kit, offset, extent, side: str) -> None:
+    good, bad = kit.split("w", (4,), 1), [kit.layout(("w", offset, extent, (4,), "float32"))]
+    sources, destinations = (bad, good) if side == "source" else (good, bad)
+    error = refuse(sources, destinations, r"does not fit in global shape \(4,\)")
+    assert error.actors == ((0,) if side == "source" else (1,))
+
+
+def test_nothing_is_wanted_of_a_tensor_without_a_source() -> None:
+    piece = Piece("bias", Box((2,), (0,)), (4,), "float32")
+    assert plan_reshard([], [Layout((piece,))]).routes == ()
+
+
+def test_a_name_is_not_allowed_to_be_missing_by_being_part_of_another(kit) -> None:
+    with pytest.raises(LayoutError, match="no source holds 'head'"):
+        plan_reshard([], kit.split("head", (4,), 1), allow_missing="lm_head")
+
+
+def test_the_collector_is_left_as_it_was(kit) -> None:
+    assert gc.isenabled()
+    plan_reshard(kit.split("w", (4,), 1), kit.split("w", (4,), 2))
+    assert gc.isenabled()
+    with pytest.raises(LayoutError):
+        plan_reshard([], kit.split("w", (4,), 1))
+
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        build_tasks(plan_reshard(kit.split("w", (4,), 1), kit.split("w", (4,), 2)))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
