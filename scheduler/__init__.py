@@ -1,7 +1,6 @@
 """Conflict-free waves of transfer tasks: planned with a proof, run asynchronously. Knows nothing of tensors or Ray."""
 
 from wavecast.scheduler.bounds import Bound
-from wavecast.scheduler.coloring import STRATEGIES
 from wavecast.scheduler.cost import LinkCost, TaskCost
 from wavecast.scheduler.errors import RunError, RunTimeout, ScheduleError, SchedulerError, TaskFailed, TaskTimeout
 from wavecast.scheduler.executor import run
@@ -9,6 +8,7 @@ from wavecast.scheduler.ports import PortModel
 from wavecast.scheduler.receipt import RunReport, TaskReceipt, WaveReceipt
 from wavecast.scheduler.schedule import Schedule, Wave, plan_waves
 from wavecast.scheduler.simulate import Simulation, simulate
+from wavecast.scheduler.strategies import STRATEGIES
 from wavecast.scheduler.task import Task
 from wavecast.scheduler.verify import verify
 

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from wavecast.scheduler.ports import TaskGraph
 
-__all__ = ("Bound", "lower_bound")
+__all__ = ("Bound", "lower_bound", "uncut_nbytes")
+
+# Triangles are looked for up to so many (pairs of neighbours of a port).
+_TRIANGLE_PAIRS = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +26,99 @@ class Bound:
 
 
 def lower_bound(graph: TaskGraph) -> Bound:
-    """Return the bounds of ``graph``."""
+    """
+    Return the bounds of ``graph``.
+
+    The bound on waves is the largest of: tasks on the busiest port; tasks in the longest chain of dependencies; in a
+    connected part, tasks over the most that fit beside each other, and those that each take more than half its ports;
+    and one-to-one tasks within three ports (Shannon's triangle). O(memberships) and a sort; triangles are given up on
+    graphs with too many.
+    """
+    waves = max(max(graph.degrees(), default=0), max(graph.depths(), default=-1) + 1)
     return Bound(
-        waves=max(max(graph.degrees(), default=0), max(graph.depths(), default=-1) + 1),
+        waves=max(waves, *_part_bounds(graph), _triangle_bound(graph)),
         nbytes=max(graph.loads(), default=0),
     )
+
+
+def uncut_nbytes(graph: TaskGraph) -> int:
+    """
+    Return what the sum over the waves of the largest task cannot go below, as long as no task is cut.
+
+    The k-th longest wave holds a task at least as large as the k-th largest on any port, whatever the colouring: some
+    wave among the k longest must take the last of that port's k largest tasks. At least the busiest port's bytes.
+    O(memberships) and a sort.
+    """
+    largest: list[int] = []
+    filled = [0] * graph.n_ports
+    for task in sorted(range(len(graph.ports)), key=lambda task: -graph.nbytes[task]):
+        for port in graph.ports[task]:
+            if filled[port] == len(largest):
+                largest.append(graph.nbytes[task])
+
+            filled[port] += 1
+
+    return sum(largest)
+
+
+def _part_bounds(graph: TaskGraph) -> tuple[int, int]:
+    parent = list(range(graph.n_ports))
+
+    def find(port: int) -> int:
+        while parent[port] != port:
+            parent[port] = parent[parent[port]]
+            port = parent[port]
+
+        return port
+
+    for ports in graph.ports:
+        root = find(ports[0])
+        for port in ports[1:]:
+            parent[find(port)] = root
+
+    room: dict[int, int] = {}
+    for port in range(graph.n_ports):
+        root = find(port)
+        room[root] = room.get(root, 0) + 1
+
+    sizes: dict[int, list[int]] = {}
+    for ports in graph.ports:
+        sizes.setdefault(find(ports[0]), []).append(len(ports))
+
+    packed = crowded = 0
+    for root, members in sizes.items():
+        members.sort()
+        taken = beside = 0
+        for size in members:
+            taken += size
+            if taken > room[root]:
+                break
+
+            beside += 1
+
+        packed = max(packed, -(-len(members) // beside))
+        crowded = max(crowded, sum(2 * size > room[root] for size in members))
+
+    return packed, crowded
+
+
+def _triangle_bound(graph: TaskGraph) -> int:
+    between: list[dict[int, int]] = [{} for _ in range(graph.n_ports)]
+    for ports in graph.ports:
+        if len(ports) == 2:
+            a, b = ports
+            between[a][b] = between[a].get(b, 0) + 1
+            between[b][a] = between[b].get(a, 0) + 1
+
+    if sum(len(neighbours) ** 2 for neighbours in between) > _TRIANGLE_PAIRS:
+        return 0
+
+    most = 0
+    for a, neighbours in enumerate(between):
+        for b, count in neighbours.items():
+            if b > a:
+                for c, other in between[b].items():
+                    if c > b and c in neighbours:
+                        most = max(most, count + other + neighbours[c])
+
+    return most

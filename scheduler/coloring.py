@@ -1,12 +1,22 @@
-"""Colouring: which wave each task goes to."""
+"""
+Colouring: which wave each task goes to.
+
+Tasks are hyperedges over ports and a wave is a matching, so sorting tasks into waves is edge colouring. ``D`` is the
+number of tasks on the busiest port: no colouring has fewer waves.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from heapq import heapify, heappop, heappush
 
+from wavecast.scheduler.bounds import lower_bound
+from wavecast.scheduler.konig import color_bipartite, is_bipartite
 from wavecast.scheduler.ports import TaskGraph
+from wavecast.scheduler.search import reduce_waves
+from wavecast.scheduler.table import WaveTable
 
-__all__ = ("STRATEGIES", "Strategy", "auto", "first_fit", "largest_first")
+__all__ = ("Strategy", "first_fit", "largest_first", "dsatur", "edge_coloring", "balanced", "span", "close_gaps")
 
 Strategy = Callable[[TaskGraph], list[int]]
 """
@@ -14,36 +24,142 @@ Return the wave of each task, by position: no port twice in a wave, and every ta
 after. Waves may be left empty; the caller closes the gaps.
 """
 
+# Steps of local search that a strategy may take: about half a second.
+_REDUCE_STEPS = 2_000_000
+
 
 def first_fit(graph: TaskGraph) -> list[int]:
     """
     Put each task, in the order given, in the first wave that has its ports free.
 
-    What a first-in-first-out pass per wave over actor sets gives, which is how ChatLearn scheduled its groups: the
-    baseline. At most ``sum over its ports of (degree - 1) + 1`` waves for a task, so ``2 * D - 1`` waves for one-to-one
-    tasks where the busiest port has ``D``. O(memberships) operations on bitmasks of one bit a wave.
+    What a first-in-first-out pass per wave over actor sets gives, which is how ChatLearn schedules its groups: the
+    baseline. One-to-one tasks get at most ``2 * D - 1`` waves, tasks of r ports at most ``r * (D - 1) + 1``.
+    O(memberships) operations on bitmasks of one bit a wave.
     """
     return greedy(graph, graph.order)
 
 
 def largest_first(graph: TaskGraph) -> list[int]:
     """
-    First fit in order of falling bytes, then falling degree of the busiest port.
+    First fit in order of falling bytes, then of falling number of ports, then of falling degree of the busiest one.
 
-    Tasks of like size meet in a wave, so that it waits less for its longest one. Bound and cost of :func:`first_fit`,
-    and a sort. With dependencies a task is placed once all tasks before it are.
+    Tasks of like size meet in a wave, so that it waits less for its longest one. Bound of :func:`first_fit`; its cost
+    and a sort. With dependencies, tasks at the head of longer chains go first.
     """
+    if graph.after:
+        return greedy(graph, _chains_first(graph))
+
     degrees = graph.degrees()
     nbytes = graph.nbytes
-    order = sorted(
-        range(len(graph.ports)),
-        key=lambda position: (-nbytes[position], -max(degrees[port] for port in graph.ports[position])),
+    return greedy(
+        graph,
+        sorted(
+            range(len(graph.ports)),
+            key=lambda position: (
+                -nbytes[position],
+                -len(graph.ports[position]),
+                -max(degrees[port] for port in graph.ports[position]),
+            ),
+        ),
     )
-    if graph.after:
-        depths = graph.depths()
-        order.sort(key=depths.__getitem__)
 
-    return greedy(graph, order)
+
+def dsatur(graph: TaskGraph) -> list[int]:
+    """
+    First fit, always of the task that has the fewest waves left to choose from.
+
+    Brelaz 1979, on the conflict graph without building it: a task's saturation is the number of waves that are taken at
+    any of its ports. Ties go to the task with more memberships in busy ports, then the earlier one. Bound of
+    :func:`first_fit`. O(sum over ports of degree squared) heap operations: for up to some ten thousand tasks.
+    """
+    degrees = graph.degrees()
+    weights = [sum(degrees[port] for port in ports) for ports in graph.ports]
+    waiting = [len(before) for before in graph.after] or [0] * len(graph.ports)
+    followers = _followers(graph)
+    on_port: list[list[int]] = [[] for _ in range(graph.n_ports)]
+    for task, ports in enumerate(graph.ports):
+        for port in ports:
+            on_port[port].append(task)
+
+    taken = [0] * len(graph.ports)  # per task: bitmask of the waves taken at any of its ports
+    waves = [-1] * len(graph.ports)
+    heap = [(0, -weights[task], task) for task, count in enumerate(waiting) if count == 0]
+    heapify(heap)
+    while heap:
+        saturation, _, task = heappop(heap)
+        if waves[task] >= 0 or -saturation != taken[task].bit_count():
+            continue  # placed already, or listed again since with more waves taken
+
+        wave = _first_wave(graph, waves, task, taken[task])
+        waves[task] = wave
+        bit = 1 << wave
+        for port in graph.ports[task]:
+            for other in on_port[port]:
+                if waves[other] < 0 and not taken[other] & bit:
+                    taken[other] |= bit
+                    if not waiting[other]:
+                        heappush(heap, (-taken[other].bit_count(), -weights[other], other))
+
+        for follower in followers[task]:
+            waiting[follower] -= 1
+            if waiting[follower] == 0:
+                heappush(heap, (-taken[follower].bit_count(), -weights[follower], follower))
+
+    return waves
+
+
+def edge_coloring(graph: TaskGraph) -> list[int]:
+    """
+    As few waves as possible: exactly ``D`` where the tasks are the edges of a bipartite graph.
+
+    That is every set of one-to-one tasks in the full model, and in the half model every one with disjoint senders and
+    receivers. Konig 1916, see :func:`~wavecast.scheduler.konig.color_bipartite`: near-linear.
+
+    Elsewhere (one-to-many tasks; actors that both send and receive in the half model) that many waves may not exist,
+    and finding the fewest is NP-hard. Tasks are then placed with exchanges of two waves along Kempe chains, and a local
+    search of at most about half a second tries to do with fewer. Never more waves than :func:`largest_first`.
+
+    With dependencies: the better of :func:`largest_first`, and colouring all tasks of equal depth together, one depth
+    after another.
+    """
+    if graph.after:
+        return min(largest_first(graph), _by_depth(graph), key=lambda waves: max(waves, default=-1))
+
+    if is_bipartite(graph):
+        return color_bipartite(graph, graph.order)
+
+    return _color_by_exchange(graph, graph.order)
+
+
+def balanced(graph: TaskGraph) -> list[int]:
+    """
+    Waves of tasks alike in size, the longest first, and no more of them than :func:`edge_coloring` where that is
+    optimal.
+
+    Tasks are coloured in order of falling bytes, each in the first wave it can go to: by first fit, and by exchanges
+    where that takes too many waves. On bipartite graphs the sum of the waves' largest tasks then comes close to
+    :func:`~wavecast.scheduler.bounds.uncut_nbytes`, mostly reaching it; to minimise it is NP-hard even there. Elsewhere
+    the colouring with the smaller sum is kept. With dependencies: :func:`edge_coloring`. Near-linear.
+    """
+    if graph.after:
+        return edge_coloring(graph)
+
+    order = sorted(range(len(graph.ports)), key=lambda task: (-graph.nbytes[task], -len(graph.ports[task])))
+    waves = greedy(graph, order)
+    fewest = lower_bound(graph).waves
+    if max(waves, default=-1) >= fewest:
+        if is_bipartite(graph):
+            waves = color_bipartite(graph, order)
+        else:
+            waves = min(waves, _insert_all(graph, order, fewest), key=lambda waves: span(graph, waves))
+
+    longest = [0] * (max(waves, default=-1) + 1)
+    for task, wave in enumerate(waves):
+        longest[wave] = max(longest[wave], graph.nbytes[task])
+
+    rank = sorted(range(len(longest)), key=lambda wave: -longest[wave])
+    place = {wave: index for index, wave in enumerate(rank)}
+    return [place[wave] for wave in waves]
 
 
 def greedy(graph: TaskGraph, order: Iterable[int]) -> list[int]:
@@ -61,20 +177,18 @@ def greedy(graph: TaskGraph, order: Iterable[int]) -> list[int]:
             taken |= busy[port]
 
         if graph.after and graph.after[position]:
-            taken |= (2 << max(waves[before] for before in graph.after[position])) - 1
+            wave = _first_wave(graph, waves, position, taken)
+            bit = 1 << wave
+        else:
+            bit = ~taken & (taken + 1)
+            wave = bit.bit_length() - 1
 
-        bit = ~taken & (taken + 1)
         for port in ports:
             busy[port] |= bit
 
-        waves[position] = bit.bit_length() - 1
+        waves[position] = wave
 
     return waves
-
-
-def auto(graph: TaskGraph) -> list[int]:
-    """Try the others and keep the waves that cost the fewest bytes."""
-    return min((first_fit(graph), largest_first(graph)), key=lambda waves: span(graph, waves))
 
 
 def span(graph: TaskGraph, waves: list[int]) -> tuple[int, int]:
@@ -87,9 +201,95 @@ def span(graph: TaskGraph, waves: list[int]) -> tuple[int, int]:
     return sum(longest.values()), len(longest)
 
 
-STRATEGIES: dict[str, Strategy] = {
-    "auto": auto,
-    "first_fit": first_fit,
-    "largest_first": largest_first,
-}
-"""Colouring strategies by name."""
+def close_gaps(waves: list[int]) -> list[int]:
+    """Renumber waves without the empty ones, in the same order."""
+    number = {wave: index for index, wave in enumerate(sorted(set(waves)))}
+    return [number[wave] for wave in waves]
+
+
+def _first_wave(graph: TaskGraph, waves: list[int], position: int, taken: int) -> int:
+    if graph.after and graph.after[position]:
+        taken |= (2 << max(waves[before] for before in graph.after[position])) - 1
+
+    return (~taken & (taken + 1)).bit_length() - 1
+
+
+def _color_by_exchange(graph: TaskGraph, order: Iterable[int]) -> list[int]:
+    # Tasks of many ports first: the small ones are easier to fit in between.
+    order = sorted(order, key=lambda task: -len(graph.ports[task]))
+    fewest = lower_bound(graph).waves
+    waves = greedy(graph, order)
+    if max(waves, default=-1) < fewest:
+        return waves
+
+    waves = min(waves, _insert_all(graph, order, fewest), key=lambda waves: max(waves, default=-1))
+    steps = min(_REDUCE_STEPS, 5000 * len(waves))
+    return reduce_waves(graph, close_gaps(waves), target=fewest, steps=steps)
+
+
+def _insert_all(graph: TaskGraph, order: Iterable[int], fewest: int) -> list[int]:
+    """Colour by exchanges along chains, in ``order``, with ``fewest`` waves and one more each time there is no way."""
+    table = WaveTable(graph)
+    palette = (1 << fewest) - 1
+    for task in order:
+        if not table.insert(task, palette, attempts=8, limit=200):
+            palette = palette << 1 | 1
+            table.insert(task, palette)
+
+    return table.waves
+
+
+def _by_depth(graph: TaskGraph) -> list[int]:
+    depths = graph.depths()
+    levels: list[list[int]] = [[] for _ in range(max(depths, default=-1) + 1)]
+    for task, depth in enumerate(depths):
+        levels[depth].append(task)
+
+    waves = [0] * len(graph.ports)
+    first = 0
+    for level in levels:
+        part = TaskGraph(
+            ports=tuple(graph.ports[task] for task in level),
+            nbytes=tuple(graph.nbytes[task] for task in level),
+            after=(),
+            order=range(len(level)),
+            port_names=graph.port_names,
+        )
+        colored = close_gaps(edge_coloring(part))
+        for task, wave in zip(level, colored, strict=True):
+            waves[task] = first + wave
+
+        first += max(colored) + 1
+
+    return waves
+
+
+def _chains_first(graph: TaskGraph) -> list[int]:
+    """Order tasks such that dependencies come first, and then the heads of longer chains, then larger tasks."""
+    followers = _followers(graph)
+    tail = [0] * len(graph.ports)  # tasks in the longest chain that waits for this one
+    for task in reversed(graph.order):
+        tail[task] = max((tail[follower] + 1 for follower in followers[task]), default=0)
+
+    waiting = [len(before) for before in graph.after]
+    ready = [(-tail[task], -graph.nbytes[task], task) for task, count in enumerate(waiting) if count == 0]
+    heapify(ready)
+    order: list[int] = []
+    while ready:
+        task = heappop(ready)[2]
+        order.append(task)
+        for follower in followers[task]:
+            waiting[follower] -= 1
+            if waiting[follower] == 0:
+                heappush(ready, (-tail[follower], -graph.nbytes[follower], follower))
+
+    return order
+
+
+def _followers(graph: TaskGraph) -> list[list[int]]:
+    followers: list[list[int]] = [[] for _ in graph.ports]
+    for task, before in enumerate(graph.after):
+        for earlier in before:
+            followers[earlier].append(task)
+
+    return followers

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from wavecast.scheduler.bounds import Bound, lower_bound
-from wavecast.scheduler.coloring import STRATEGIES
 from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.order import PortOrder, order_ports
 from wavecast.scheduler.ports import PortModel, build_graph
+from wavecast.scheduler.strategies import STRATEGIES, choose
 from wavecast.scheduler.task import Task
 
 __all__ = ("Wave", "Schedule", "plan_waves")
@@ -128,12 +128,13 @@ def plan_waves(tasks: Iterable[Task], *, strategy: str = "auto", ports: PortMode
         raise ScheduleError(f"strategy is {strategy!r}: it must be one of {', '.join(STRATEGIES)}")
 
     graph = build_graph(tasks, ports)
-    return Schedule(
-        waves=gather(tasks, chosen(graph)),
-        bound=lower_bound(graph),
-        ports=ports,
-        strategy=strategy,
-    )
+    reason = ""
+    if strategy == "auto":
+        strategy, waves, reason = choose(graph)
+    else:
+        waves = chosen(graph)
+
+    return Schedule(gather(tasks, waves), lower_bound(graph), ports, strategy, reason)
 
 
 def gather(tasks: Sequence[Task], waves: Sequence[int]) -> tuple[Wave, ...]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# Wall-clock limits per example say more about the machine than about the code.
+settings.register_profile("wavecast", deadline=None)
+settings.load_profile("wavecast")
 
 
 @pytest.fixture

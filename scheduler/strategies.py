@@ -1,0 +1,60 @@
+"""The strategies by name, and the one that picks among them."""
+
+from __future__ import annotations
+
+from wavecast.scheduler.coloring import Strategy, balanced, dsatur, edge_coloring, first_fit, largest_first, span
+from wavecast.scheduler.konig import is_bipartite
+from wavecast.scheduler.ports import TaskGraph
+
+__all__ = ("STRATEGIES", "auto", "choose")
+
+# DSATUR is worth its time up to about this many (pairs of tasks at a port).
+_DSATUR_PAIRS = 1_000_000
+
+
+def choose(graph: TaskGraph) -> tuple[str, list[int], str]:
+    """
+    Pick a strategy for ``graph``.
+
+    :return: its name, the waves it gave, and why it was picked
+    """
+    alike = len(set(graph.nbytes)) <= 1
+    if not graph.after and is_bipartite(graph):
+        fewest = "one-to-one tasks over a bipartite graph: as many waves as the busiest port has tasks"
+        if alike:
+            return "edge_coloring", edge_coloring(graph), f"{fewest}, and all of one size"
+
+        return "balanced", balanced(graph), f"{fewest}, and of several sizes"
+
+    candidates: list[Strategy] = [edge_coloring if alike or graph.after else balanced, largest_first]
+    if sum(degree * degree for degree in graph.degrees()) <= _DSATUR_PAIRS:
+        candidates.append(dsatur)
+
+    found = [(strategy.__name__, strategy(graph)) for strategy in candidates]
+    spans = {name: span(graph, waves) for name, waves in found}
+    name, waves = min(found, key=lambda entry: spans[entry[0]])
+    kind = "tasks with dependencies" if graph.after else "conflicts that are not bipartite"
+    figures = ", ".join(f"{other} {nbytes} bytes in {count} waves" for other, (nbytes, count) in spans.items())
+    return name, waves, f"{kind}: the shortest of {figures}"
+
+
+def auto(graph: TaskGraph) -> list[int]:
+    """
+    Pick by what the tasks are, else by trying.
+
+    One-to-one tasks over a bipartite graph go to :func:`edge_coloring`, or to :func:`balanced` when they differ in
+    size: both have the fewest waves there are. For anything else the result with the smallest sum of largest tasks is
+    kept, then with the fewest waves. The schedule tells which strategy it was and why.
+    """
+    return choose(graph)[1]
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "auto": auto,
+    "first_fit": first_fit,
+    "largest_first": largest_first,
+    "dsatur": dsatur,
+    "edge_coloring": edge_coloring,
+    "balanced": balanced,
+}
+"""Strategies by name. Each function's documentation gives its bound, its cost and where it comes from."""
