@@ -86,7 +86,7 @@ def _group_equal(layouts: Sequence[Layout], first_actor: int) -> list[tuple[tupl
             # A sample tells most layouts apart, so that few are compared in full.
             step = max(1, len(pieces) // _SAMPLES)
             alike = by_sample.setdefault((len(pieces), pieces[::step]), [])
-            index = next((i for i in alike if groups[i][0] == pieces), None)
+            index = next((i for i in alike if _is_equal(groups[i][0], pieces)), None)
             if index is None:
                 index = len(groups)
                 groups.append((pieces, []))
@@ -97,3 +97,18 @@ def _group_equal(layouts: Sequence[Layout], first_actor: int) -> list[tuple[tupl
         groups[index][1].append(actor)
 
     return [(pieces, tuple(actors)) for pieces, actors in groups]
+
+
+def _is_equal(left: tuple[Piece, ...], right: tuple[Piece, ...]) -> bool:
+    """Compare pieces field by field: less than half the time of comparing the tuples, with millions of them."""
+    for a, b in zip(left, right, strict=True):
+        if a is not b and (
+            a.tensor != b.tensor
+            or a.box.offset != b.box.offset
+            or a.box.extent != b.box.extent
+            or a.global_shape != b.global_shape
+            or a.dtype != b.dtype
+        ):
+            return False
+
+    return True

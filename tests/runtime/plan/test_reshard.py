@@ -13,6 +13,8 @@ import pytest
 from wavecast.runtime.errors import LayoutError, SyncError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece
+from wavecast.runtime.plan.cover import Cell, cover_tensor
+from wavecast.runtime.plan.placement import Holding
 from wavecast.runtime.plan.reshard import plan_reshard, routes_digest
 from wavecast.runtime.plan.route import Route, is_castable
 from wavecast.runtime.plan.tasks import build_tasks
@@ -177,7 +179,7 @@ def test_layouts_equal_but_not_identical_are_planned_as_one(kit) -> None:
 
 
 def test_layouts_that_differ_in_one_piece_are_told_apart(kit) -> None:
-    def actor(odd: int) -> Layout:
+    def actor(odd: int):
         return kit.layout(*((f"w{n}", (odd if n == 9 else 0,), (1,), (2,), "float32") for n in range(64)))
 
     sources, destinations = [actor(0), actor(1)], [actor(1), actor(0), actor(1)]
@@ -332,11 +334,45 @@ def test_casts_stay_within_a_kind(source: str, destination: str, castable: bool)
     assert is_castable(source, destination) is castable
 
 
+# What is worked out once, what is never needed
+
+
+def test_geometry_is_worked_out_once_for_tensors_placed_alike(kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def cover(tensor: str, *sides: list[Holding]) -> tuple[Cell, ...]:
+        seen.append(tensor)
+        return cover_tensor(tensor, *sides)
+
+    monkeypatch.setattr("wavecast.runtime.plan.reshard.cover_tensor", cover)
+
+    def actors(parts: int, copies: int) -> list[Layout]:
+        return [
+            kit.layout(
+                *((f"w{n}", (12 // parts * part,), (12 // parts,), (12,), "float32") for n in range(50)),
+                *((f"v{n}", (0,), (3,), (3,), "float32") for n in range(50)),
+            )
+            for _ in range(copies)
+            for part in range(parts)
+        ]
+
+    plan = plan_reshard(actors(3, 2), actors(4, 5))
+    assert seen == ["w0", "v0"]
+    assert len(plan.routes) == 50 * 6 + 50
+
+
+def test_planning_imports_neither_torch_nor_ray() -> None:
+    code = "import sys, wavecast.runtime.plan.tasks; print(sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 # What stays the same
 
 SCRIPT = """
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece
+from wavecast.runtime.plan.cover import Cell, cover_tensor
+from wavecast.runtime.plan.placement import Holding
 from wavecast.runtime.plan.reshard import plan_reshard
 from wavecast.runtime.plan.tasks import build_tasks
 
