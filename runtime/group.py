@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -27,6 +27,8 @@ from wavecast.runtime.transfer.messages import (
     Compare,
     Done,
     Excerpt,
+    Finish,
+    Finished,
     Probe,
     RunStep,
     StepDone,
@@ -241,19 +243,28 @@ class ParameterSyncGroup:
             connected = await self._connection.ensure(preparation, transport, seconds=state.seconds_left)
 
         outcome = RunReport(0.0, ())
+        finished: dict[int, Finished] = {}
         if not request.dry_run:
             with watch.measure("transfer"):
                 outcome = await self._transfer(state, preparation)
 
             with watch.measure("verify"):
-                _compare_checksums(outcome, preparation)
+                finished = await self._finish(state, preparation)
                 if request.validate:
                     await self._validate(state, preparation)
 
             with watch.measure("commit"):
                 await self._commit(state)
 
-        return self._report(state, preparation, outcome, planned=planned, connected=connected, device=places[-1].device)
+        return self._report(
+            state,
+            preparation,
+            outcome,
+            finished.values(),
+            planned=planned,
+            connected=connected,
+            device=places[-1].device,
+        )
 
     async def _begin(self, state: _State) -> list[Began]:
         requests = {
@@ -326,6 +337,17 @@ class ParameterSyncGroup:
             raise _from_task(failure) from failure
         except RunTimeout as timeout:
             raise self._timeout(state, timeout.unfinished) from timeout
+
+    async def _finish(self, state: _State, preparation: Preparation) -> dict[int, Finished]:
+        """Wait until all that was written is in place, and compare the sums of both ends."""
+        requests = {
+            program.actor: Finish(state.run, state.seconds_left) for program in preparation.programs if program.steps
+        }
+        finished = await self._actors.ask_all(requests, Finished)
+        if self._options.checksum:
+            _compare_checksums(finished, preparation)
+
+        return finished
 
     async def _validate(self, state: _State, preparation: Preparation) -> None:
         """Compare, task by task, what receivers hold with what the sender holds, over Ray's object store."""
@@ -439,13 +461,13 @@ class ParameterSyncGroup:
         state: _State,
         preparation: Preparation,
         outcome: RunReport,
+        finished: Iterable[Finished],
         *,
         planned: bool,
         connected: bool,
         device: str,
     ) -> SyncReport:
         plan, schedule = preparation.plan, preparation.schedule
-        replies = [reply for receipt in outcome.receipts for reply in _step_replies(receipt)]
         seconds = state.watch.seconds
         return SyncReport(
             version=state.request.version,
@@ -464,7 +486,7 @@ class ParameterSyncGroup:
             ports=schedule.ports,
             transport=self._connection.transport,
             device="cpu" if device == "cpu" else "cuda",
-            staging_bytes=max((reply.staging_bytes for reply in replies), default=0),
+            staging_bytes=max((reply.staging_bytes for reply in finished), default=0),
             communicator_bytes=self._connection.communicator_bytes,
             connected=connected,
             planned=planned,
@@ -484,31 +506,29 @@ class ParameterSyncGroup:
         )
 
 
-def _step_replies(receipt: TaskReceipt) -> list[StepDone]:
-    value = receipt.value
-    return [reply for reply in value if isinstance(reply, StepDone)] if isinstance(value, list) else []
-
-
-def _compare_checksums(outcome: RunReport, preparation: Preparation) -> None:
+def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
     """
     Compare what each receiver found in its memory with what the sender sent.
 
     :raises ChecksumMismatch: naming task, tensor and actors
     """
-    tasks = {task.id: task for wave in preparation.schedule.waves for task in wave.tasks}
-    for receipt in outcome.receipts:
-        task = tasks[receipt.task]
-        sent, *found = _step_replies(receipt)
-        for receiver, reply in zip(task.receivers, found, strict=True):
-            if reply.checksum != sent.checksum:
-                step = preparation.programs[receiver].steps[preparation.step_of[receiver][task.id]]
-                raise errors.ChecksumMismatch(
-                    f"what was sent sums up to {sent.checksum:#x}, what was written to {reply.checksum:#x}; "
-                    f"{len(step.cuts)} cuts from {step.cuts[0].tensor!r} on",
-                    tensor=step.cuts[0].tensor,
-                    actors=(task.senders[0], receiver),
-                    task=task.id,
-                )
+    step_of = preparation.step_of
+    for wave in preparation.schedule.waves:
+        for task in wave.tasks:
+            sender = task.senders[0]
+            sent = finished[sender].checksums[step_of[sender][task.id]]
+            for receiver in task.receivers:
+                index = step_of[receiver][task.id]
+                found = finished[receiver].checksums[index]
+                if found != sent:
+                    cuts = preparation.programs[receiver].steps[index].cuts
+                    raise errors.ChecksumMismatch(
+                        f"what was sent sums up to {sent:#x}, what was written to {found:#x}: "
+                        f"{len(cuts)} cuts from {cuts[0].tensor!r} on",
+                        tensor=cuts[0].tensor,
+                        actors=(sender, receiver),
+                        task=task.id,
+                    )
 
 
 def _from_task(failure: TaskFailed) -> errors.SyncError:

@@ -32,6 +32,8 @@ from wavecast.runtime.transfer.messages import (
     Done,
     Excerpt,
     Failure,
+    Finish,
+    Finished,
     HostStore,
     Load,
     Probe,
@@ -77,6 +79,7 @@ class _Run:
         self.next_step = 0
         self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
         self.given_up = ""
+        self.sums: dict[int, list[torch.Tensor]] = {}
         self.ready: torch.cuda.Event | None = None
         if memory.device.type == "cuda":
             self.ready = torch.cuda.Event()
@@ -104,8 +107,10 @@ class Agent:
         self._lane = Lane("wavecast-transfer")
         self._run: _Run | None = None
         self._layout = Layout(())
-        self._signature = ""
+        self._signature: tuple[object, ...] | None = None
+        self._digest = ""
         self._program: Program | None = None
+        self._forwards = False
         self._buckets: dict[int, tuple[Bucket, ...]] = {}
         self._communicator: Communicator | None = None
         self._staging: Staging | None = None
@@ -149,6 +154,8 @@ class Agent:
                 return self._lane.submit(lambda: self._connect(request, host, epoch))
             case Load():
                 return self._lane.submit(lambda: self._load(request.program))
+            case Finish():
+                return self._lane.submit(lambda: self._finish(request))
             case Probe():
                 return self._lane.submit(lambda: self._probe(request))
             case Compare():
@@ -179,7 +186,7 @@ class Agent:
 
     def _failed(self, request: Request, error: Exception) -> Failure:
         """Turn an exception into an answer. A failed transport is dropped: its other members get the same."""
-        if isinstance(request, RunStep | Connect):
+        if isinstance(request, RunStep | Finish | Connect):
             self._give_up(f"{type(error).__name__}: {error}")
 
         return _failure(error)
@@ -197,17 +204,17 @@ class Agent:
         memory = Memory(shards)
         place = Place(host.node(), _device_name(memory.device))
         with self._lock:
-            if memory.signature != self._signature:
+            if memory.signature != self._signature or self._layout.place != place:
                 self._signature = memory.signature
                 self._layout = describe(shards, place=place)
+                self._digest = _digest(self._layout)
 
             self._actor = request.actor
             self._run = _Run(request.run, memory)
 
-        digest = _digest(self._layout)
         return Began(
-            digest=digest,
-            layout=None if digest == request.known else self._layout,
+            digest=self._digest,
+            layout=None if self._digest == request.known else self._layout,
             place=place,
             nan=count_nan(shards) if request.scan else (),
             version=self.version,
@@ -240,24 +247,48 @@ class Agent:
             raise errors.SyncError(f"the actor has program {program.digest}, it was asked to run {request.digest}")
 
         step = program.steps[request.step]
+        sends = self._actor == step.sender
+        sums = run.sums.setdefault(request.step, []) if program.checksum else None
+        if request.step == 0:
+            staging.begin(run.ready)
+
         leg = Leg(
             sender=step.sender,
             receivers=step.receivers,
             buckets=self._buckets_of(request.step, program),
+            ahead=self._ahead(request.step, program),
+            forwards=self._forwards,
             memory=run.memory,
-            checksum=program.checksum,
+            sums=sums,
             deadline=deadline,
             check=run.check,
-            ready=run.ready,
         )
-        if self._actor == step.sender:
-            sums = staging.send(leg)
+        if sends:
+            staging.send(leg)
         else:
             self.torn = True
-            sums = staging.receive(leg)
+            staging.receive(leg)
 
-        checksum = combine(sums) if program.checksum else None
-        return StepDone(checksum, started - deadline.left, staging.nbytes)
+        return StepDone(started - deadline.left)
+
+    def _ahead(self, step: int, program: Program) -> Bucket | None:
+        """Return the first bucket of the next step, when this actor sends it and had all of it from the start."""
+        following = step + 1
+        if self._forwards or following == len(program.steps) or program.steps[following].sender != self._actor:
+            return None
+
+        buckets = self._buckets_of(following, program)
+        return buckets[0] if buckets else None
+
+    def _finish(self, request: Finish) -> Finished:
+        run = self._current(request.run)
+        if self._staging is None:
+            return Finished((), 0)
+
+        self._staging.finish(Deadline(request.seconds))
+        run.check()
+        checksums = [combine([int(value) for value in run.sums[step]]) for step in sorted(run.sums)]
+        return Finished(tuple(checksums), self._staging.nbytes)
 
     def _commit(self, request: Commit) -> Done:
         with self._lock:
@@ -327,6 +358,9 @@ class Agent:
 
     def _load(self, program: Program) -> Done:
         self._program = program
+        self._forwards = any(
+            step.sender == program.actor and step.receivers != (program.actor,) for step in program.steps
+        ) and any(program.actor in step.receivers for step in program.steps)
         self._buckets = {}
         self._allocate()
         return Done()

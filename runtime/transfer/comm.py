@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ("Communicator", "Move", "Deadline", "CommunicatorError", "MoveTimeout")
+__all__ = ("Communicator", "Move", "Fence", "PASSED", "Deadline", "CommunicatorError", "MoveTimeout")
 
 
 class CommunicatorError(Exception):
@@ -43,13 +43,35 @@ class Move(Protocol):
         Order what follows after the move.
 
         On a CPU transport this blocks until the bytes are there. On a CUDA transport it returns at once and makes the
-        *current stream* wait; :meth:`Communicator.drain` then blocks. The buffer may be reused by work that comes
-        after this call (on the same stream, for CUDA).
+        *current stream* wait; a :class:`Fence` put after it can be waited for. The buffer may be reused by work that
+        comes after this call (on the same stream, for CUDA).
 
         :raises MoveTimeout: when the deadline passed first
         :raises CommunicatorError: when the transport failed or was aborted
         """
         ...
+
+
+class Fence(Protocol):
+    """A point in the order of moves and device work."""
+
+    def wait(self, deadline: Deadline) -> None:
+        """
+        Block until everything before the fence is through.
+
+        :raises MoveTimeout: when the deadline passed first
+        :raises CommunicatorError: when the transport failed or was aborted
+        """
+        ...
+
+
+class _Passed:
+    def wait(self, deadline: Deadline) -> None:
+        pass
+
+
+#: The fence of transports whose moves are over when they are finished.
+PASSED: Fence = _Passed()
 
 
 class Communicator(Protocol):
@@ -87,13 +109,8 @@ class Communicator(Protocol):
         """
         ...
 
-    def drain(self, deadline: Deadline) -> None:
-        """
-        Block until the moves finished so far, and the current stream, are through.
-
-        :raises MoveTimeout: when the deadline passed first
-        :raises CommunicatorError: when the transport failed or was aborted
-        """
+    def fence(self) -> Fence:
+        """Put a fence after the moves finished so far, and after what the current stream holds."""
         ...
 
     def abort(self) -> None:

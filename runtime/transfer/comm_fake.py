@@ -7,7 +7,7 @@ from collections import deque
 
 import torch
 
-from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTimeout
+from wavecast.runtime.transfer.comm import PASSED, CommunicatorError, Deadline, Fence, MoveTimeout
 
 __all__ = ("FakeFabric", "FakeCommunicator")
 
@@ -109,8 +109,8 @@ class FakeCommunicator:
 
         return _Expected(self._fabric, sender, self.rank, buffer)
 
-    def drain(self, deadline: Deadline) -> None:
-        pass
+    def fence(self) -> Fence:
+        return PASSED
 
     def abort(self) -> None:
         self._fabric.abort()

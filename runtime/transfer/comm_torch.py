@@ -13,7 +13,7 @@ from typing import Protocol, cast
 import torch
 import torch.distributed as dist
 
-from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTimeout
+from wavecast.runtime.transfer.comm import PASSED, CommunicatorError, Deadline, Fence, MoveTimeout
 
 __all__ = ("Rendezvous", "GlooCommunicator", "NcclCommunicator", "host_store", "join_store")
 
@@ -90,8 +90,8 @@ class _Group(Protocol):
     def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions, /) -> _Work: ...
     def abort(self) -> None: ...
     def shutdown(self) -> None: ...
-    def _start_coalescing(self, device: torch.device, /) -> None: ...
-    def _end_coalescing(self, device: torch.device, /) -> _Work: ...
+    def _start_coalescing(self) -> None: ...
+    def _end_coalescing(self) -> _Work: ...
 
 
 class _GlooMove:
@@ -146,8 +146,8 @@ class GlooCommunicator:
             options.timeout = timedelta(seconds=deadline.left)
             return _GlooMove([self._groups[members].broadcast([buffer], options)], what, lambda: self._aborted)
 
-    def drain(self, deadline: Deadline) -> None:
-        pass
+    def fence(self) -> Fence:
+        return PASSED
 
     def abort(self) -> None:
         # gloo cannot wake a blocked receive: what is under way ends by its own time-out, what comes later fails here.
@@ -222,18 +222,18 @@ class NcclCommunicator:
                 return _NcclMove(self._groups[members].broadcast([buffer], options), what)
 
             # A grouped call uses the communicator of all members; a bare send would create one for each pair.
-            self._world._start_coalescing(self.device)
+            self._world._start_coalescing()
             if self.rank == sender:
                 self._world.send([buffer], receivers[0], 0)
             else:
                 self._world.recv([buffer], sender, 0)
 
-            return _NcclMove(self._world._end_coalescing(self.device), what)
+            return _NcclMove(self._world._end_coalescing(), what)
 
-    def drain(self, deadline: Deadline) -> None:
+    def fence(self) -> Fence:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
-        wait_event(event, deadline, lambda: self._aborted)
+        return _CudaFence(event, lambda: self._aborted)
 
     def abort(self) -> None:
         if self._aborted:
@@ -262,23 +262,28 @@ class NcclCommunicator:
             if self.rank in group:
                 self.start(token, sender=group[0], receivers=group[1:], deadline=self._deadline).finish(self._deadline)
 
-        self.drain(self._deadline)
+        self.fence().wait(self._deadline)
 
 
-def wait_event(event: torch.cuda.Event, deadline: Deadline, aborted: Callable[[], bool]) -> None:
-    """Block until ``event`` is reached, in a way that a deadline or an abort can end."""
-    while not event.query():
-        if aborted():
+class _CudaFence:
+    def __init__(self, event: torch.cuda.Event, aborted: Callable[[], bool]) -> None:
+        self._event = event
+        self._aborted = aborted
+
+    def wait(self, deadline: Deadline) -> None:
+        # Polled, not synchronised: a deadline or an abort must be able to end it.
+        while not self._event.query():
+            if self._aborted():
+                raise CommunicatorError("the communicator was aborted")
+
+            if deadline.passed:
+                raise MoveTimeout("the device had not finished by the deadline")
+
+            time.sleep(_POLL_SECONDS)
+
+        if self._aborted():
+            # An aborted kernel ends like any other; what it should have written may be missing.
             raise CommunicatorError("the communicator was aborted")
-
-        if deadline.passed:
-            raise MoveTimeout("the device had not finished by the deadline")
-
-        time.sleep(_POLL_SECONDS)
-
-    if aborted():
-        # An aborted kernel ends like any other; what it should have written may be missing.
-        raise CommunicatorError("the communicator was aborted")
 
 
 def _gloo_group(rendezvous: Rendezvous, name: str, members: tuple[int, ...]) -> _Group:

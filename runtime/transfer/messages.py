@@ -14,6 +14,7 @@ __all__ = (
     "Connect",
     "Load",
     "RunStep",
+    "Finish",
     "Probe",
     "Compare",
     "Commit",
@@ -24,6 +25,7 @@ __all__ = (
     "StoreAddress",
     "Connected",
     "StepDone",
+    "Finished",
     "Excerpt",
     "Done",
     "Failure",
@@ -102,6 +104,14 @@ class RunStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Finish:
+    """Asks an actor to wait until all it wrote is in place, and for the sums of its steps."""
+
+    run: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """Asks a sender for the bytes of one of its steps, packed on the host."""
 
@@ -138,7 +148,7 @@ class Close:
     """Drops the connection, the program and all staging memory."""
 
 
-Request = Begin | HostStore | Connect | Load | RunStep | Probe | Compare | Commit | Abort | Close
+Request = Begin | HostStore | Connect | Load | RunStep | Finish | Probe | Compare | Commit | Abort | Close
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +189,23 @@ class Connected:
 @dataclass(frozen=True, slots=True)
 class StepDone:
     """
-    :ivar checksum: of the bytes sent, or of those found in the destination's memory afterwards; ``None`` when off
-    :ivar seconds: from the step's start on this actor to its last byte
+    The step's bytes have left, or arrived.
+
+    :ivar seconds: from the step's start on this actor
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """
+    :ivar checksums: for each step of the program, of the bytes sent, or of those found in the destination's memory
+        afterwards; empty when checksums are off
     :ivar staging_bytes: extra memory held for staging
     """
 
-    checksum: int | None
-    seconds: float
+    checksums: tuple[int, ...]
     staging_bytes: int
 
 
@@ -218,4 +238,4 @@ class Failure:
     tensor: str = ""
 
 
-Reply = Began | StoreAddress | Connected | StepDone | Excerpt | Done | Failure
+Reply = Began | StoreAddress | Connected | StepDone | Finished | Excerpt | Done | Failure

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from wavecast.runtime.transfer.checksum import fold
-from wavecast.runtime.transfer.comm import Communicator, Deadline, Move
+from wavecast.runtime.transfer.comm import Communicator, Deadline, Fence, Move
 from wavecast.runtime.transfer.copying import gather, pack, unpack
 from wavecast.runtime.transfer.memory import Memory
 from wavecast.runtime.transfer.program import Bucket
@@ -23,18 +23,21 @@ class Leg:
     One actor's part in one step.
 
     :ivar buckets: what travels, in order; the same on all members
+    :ivar ahead: what this actor sends first in its next step, if it does: it can be packed while this step travels
+    :ivar sums: gets a sum of each bucket, on the device, in order; ``None``: none wanted
+    :ivar forwards: this actor sends on what it received in the same run
     :ivar check: called before memory is read or written; raises once the run has been given up
-    :ivar ready: on CUDA, what the actor's own stream had to do before the run
     """
 
     sender: int
     receivers: tuple[int, ...]
     buckets: tuple[Bucket, ...]
+    ahead: Bucket | None
+    forwards: bool
     memory: Memory
-    checksum: bool
+    sums: list[torch.Tensor] | None
     deadline: Deadline
     check: Callable[[], None]
-    ready: torch.cuda.Event | None = None
 
 
 class _Slot:
@@ -44,38 +47,26 @@ class _Slot:
         pinned = device.type == "cpu" and torch.cuda.is_available()
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._move: Move | None = None
-        self._bucket: Bucket | None = None
+        #: Orders what follows after the move under way; ``None`` when there is none.
+        self.settle: Callable[[], Fence] | None = None
+        #: The bucket that was packed ahead of its step.
+        self.packed: Bucket | None = None
 
     @contextlib.contextmanager
-    def in_order(self, ready: torch.cuda.Event | None) -> Iterator[None]:
+    def in_order(self) -> Iterator[None]:
         if self.stream is None:
             yield
-            return
-
-        with torch.cuda.stream(self.stream):
-            if ready is not None:
-                self.stream.wait_event(ready)
-            yield
-
-    def hold(self, move: Move, bucket: Bucket) -> None:
-        """Remember what is under way."""
-        self._move = move
-        self._bucket = bucket
-
-    def settle(self, deadline: Deadline) -> Bucket | None:
-        """Order what follows after the move under way, if any; return its bucket."""
-        move, self._move = self._move, None
-        bucket, self._bucket = self._bucket, None
-        if move is not None:
-            move.finish(deadline)
-
-        return bucket
+        else:
+            with torch.cuda.stream(self.stream):
+                yield
 
 
 class Staging:
     """
     The slots of one actor, on its communicator's device.
+
+    A step returns when its bytes have left or arrived; what remains to be done with them here (unpacking, summing up)
+    goes on while the next step travels. :meth:`finish` waits for that too.
 
     :param bucket_bytes: bytes of each of the two slots
     :ivar nbytes: all the memory held
@@ -85,70 +76,128 @@ class Staging:
         self.nbytes = 2 * bucket_bytes
         self._communicator = communicator
         self._slots = (_Slot(bucket_bytes, communicator.device), _Slot(bucket_bytes, communicator.device))
+        self._turn = 0
 
-    def send(self, leg: Leg) -> list[int]:
+    def begin(self, ready: torch.cuda.Event | None) -> None:
+        """Start a run: nothing is packed, and device work waits for ``ready``."""
+        self._turn = 0
+        for slot in self._slots:
+            slot.settle = None
+            slot.packed = None
+            if slot.stream is not None and ready is not None:
+                slot.stream.wait_event(ready)
+
+    def send(self, leg: Leg) -> None:
         """
-        Pack and send the leg's buckets in order, and return their sums, if asked for.
+        Pack and send the leg's buckets in order. Blocks until they have left.
 
-        Blocks until all is through. While one bucket travels the next one is packed.
+        While one bucket travels the next one is packed, that of the next step included.
 
         :raises CommunicatorError: when the transport failed, was aborted or was too slow
         """
-        sums: list[torch.Tensor] = []
-        for index, bucket in enumerate(leg.buckets):
-            slot = self._slots[index % 2]
-            with slot.in_order(leg.ready):
-                slot.settle(leg.deadline)
-                leg.check()
+        if leg.forwards:
+            self._join_streams()
+
+        for bucket in leg.buckets:
+            slot = self._next_slot()
+            self._pack(slot, bucket, leg)
+            slot.packed = None
+            with slot.in_order():
                 window = slot.buffer[: bucket.nbytes]
-                pack(bucket, leg.memory, window)
-                slot.hold(self._start(window, leg), bucket)
-                if leg.checksum:
-                    sums.append(fold(window))
+                move = self._communicator.start(
+                    window, sender=leg.sender, receivers=leg.receivers, deadline=leg.deadline
+                )
+                if leg.sums is not None:
+                    leg.sums.append(fold(window))
 
-        for slot in self._in_order_of_use(leg):
-            with slot.in_order(leg.ready):
-                slot.settle(leg.deadline)
-                self._communicator.drain(leg.deadline)
+            def settle(move: Move = move) -> Fence:
+                move.finish(leg.deadline)
+                return self._communicator.fence()
 
-        return [int(value) for value in sums]
+            slot.settle = settle
 
-    def receive(self, leg: Leg) -> list[int]:
+        if leg.ahead is not None:
+            self._pack(self._slots[self._turn], leg.ahead, leg)
+
+        self._arrive(leg.deadline)
+
+    def receive(self, leg: Leg) -> None:
         """
-        Receive and unpack the leg's buckets in order, and return the sums of what was written, if asked for.
+        Receive and unpack the leg's buckets in order. Blocks until they have arrived.
 
-        Blocks until all is through. While one bucket travels the one before is unpacked.
+        While one bucket travels the one before is unpacked and what was written is summed up.
 
         :raises CommunicatorError: when the transport failed, was aborted or was too slow
         """
-        sums: list[torch.Tensor] = []
-        for index, bucket in enumerate(leg.buckets):
-            slot = self._slots[index % 2]
-            with slot.in_order(leg.ready):
-                self._write(slot, leg, sums)
-                slot.hold(self._start(slot.buffer[: bucket.nbytes], leg), bucket)
+        for bucket in leg.buckets:
+            slot = self._next_slot()
+            self._settle(slot)
+            slot.packed = None
+            with slot.in_order():
+                window = slot.buffer[: bucket.nbytes]
+                move = self._communicator.start(
+                    window, sender=leg.sender, receivers=leg.receivers, deadline=leg.deadline
+                )
 
-        for slot in self._in_order_of_use(leg):
-            with slot.in_order(leg.ready):
-                self._write(slot, leg, sums)
-                self._communicator.drain(leg.deadline)
+            def settle(move: Move = move, bucket: Bucket = bucket, window: torch.Tensor = window) -> Fence:
+                move.finish(leg.deadline)
+                arrived = self._communicator.fence()
+                leg.check()
+                unpack(bucket, leg.memory, window)
+                if leg.sums is not None:
+                    gather(bucket, leg.memory, window)
+                    leg.sums.append(fold(window))
 
-        return [int(value) for value in sums]
+                return arrived
 
-    def _start(self, window: torch.Tensor, leg: Leg) -> Move:
-        return self._communicator.start(window, sender=leg.sender, receivers=leg.receivers, deadline=leg.deadline)
+            slot.settle = settle
 
-    def _write(self, slot: _Slot, leg: Leg, sums: list[torch.Tensor]) -> None:
-        bucket = slot.settle(leg.deadline)
-        if bucket is None:
+        self._arrive(leg.deadline)
+
+    def finish(self, deadline: Deadline) -> None:
+        """
+        Block until all device work of the run is through.
+
+        :raises CommunicatorError: when the transport failed, was aborted or was too slow
+        """
+        for slot in self._slots:
+            with slot.in_order():
+                self._communicator.fence().wait(deadline)
+
+    def _join_streams(self) -> None:
+        """Let what follows on either slot come after what both have unpacked."""
+        first, second = self._slots
+        if first.stream is not None and second.stream is not None:
+            first.stream.wait_stream(second.stream)
+            second.stream.wait_stream(first.stream)
+
+    def _next_slot(self) -> _Slot:
+        slot = self._slots[self._turn]
+        self._turn = 1 - self._turn
+        return slot
+
+    def _pack(self, slot: _Slot, bucket: Bucket, leg: Leg) -> None:
+        if slot.packed is bucket:
             return
 
+        self._settle(slot)
         leg.check()
-        window = slot.buffer[: bucket.nbytes]
-        unpack(bucket, leg.memory, window)
-        if leg.checksum:
-            gather(bucket, leg.memory, window)
-            sums.append(fold(window))
+        with slot.in_order():
+            pack(bucket, leg.memory, slot.buffer[: bucket.nbytes])
 
-    def _in_order_of_use(self, leg: Leg) -> tuple[_Slot, ...]:
-        return self._slots if len(leg.buckets) % 2 == 0 else self._slots[::-1]
+        slot.packed = bucket
+
+    def _settle(self, slot: _Slot) -> Fence | None:
+        settle, slot.settle = slot.settle, None
+        if settle is None:
+            return None
+
+        with slot.in_order():
+            return settle()
+
+    def _arrive(self, deadline: Deadline) -> None:
+        """Settle both slots in the order of their use, then wait for what travelled, but not for what follows."""
+        fences = [self._settle(self._slots[turn]) for turn in (self._turn, 1 - self._turn)]
+        for fence in fences:
+            if fence is not None:
+                fence.wait(deadline)

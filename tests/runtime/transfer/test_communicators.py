@@ -1,0 +1,192 @@
+"""One suite for all communicators."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests.runtime.transfer import conformance
+from wavecast.runtime.transfer.comm import Communicator, CommunicatorError, Deadline, MoveTimeout
+from wavecast.runtime.transfer.comm_fake import FakeFabric
+from wavecast.runtime.transfer.comm_torch import (
+    GlooCommunicator,
+    NcclCommunicator,
+    Rendezvous,
+    host_store,
+    join_store,
+)
+
+Groups = tuple[tuple[int, ...], ...]
+Edges = tuple[tuple[int, int], ...]
+
+
+def make_fake(size: int, groups: Groups, edges: Edges) -> Sequence[Communicator]:
+    fabric = FakeFabric(size)
+    return [fabric.communicator(rank) for rank in range(size)]
+
+
+def connect(kind: str, size: int, groups: Groups, edges: Edges) -> list[Communicator]:
+    """Connect ``size`` members on threads of this process, over a store on the loopback address."""
+    store, port = host_store("127.0.0.1", seconds=20)
+    members: dict[int, Communicator] = {}
+    failures: list[BaseException] = []
+
+    def join(rank: int) -> None:
+        try:
+            own = store if rank == 0 else join_store("127.0.0.1", port, seconds=20)
+            rendezvous = Rendezvous(
+                own,
+                key="test",
+                host="127.0.0.1",
+                rank=rank,
+                size=size,
+                groups=groups,
+                edges=edges,
+                deadline=Deadline(20),
+            )
+            if kind == "gloo":
+                members[rank] = GlooCommunicator(rendezvous)
+            else:
+                members[rank] = NcclCommunicator(rendezvous, torch.device("cuda", rank))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=join, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+
+    for thread in threads:
+        thread.join(30)
+
+    if failures:
+        raise failures[0]
+
+    return [members[rank] for rank in range(size)]
+
+
+def make_gloo(size: int, groups: Groups, edges: Edges) -> Sequence[Communicator]:
+    return connect("gloo", size, groups, edges)
+
+
+def make_nccl(size: int, groups: Groups, edges: Edges) -> Sequence[Communicator]:
+    return connect("nccl", size, groups, edges)
+
+
+needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+needs_three_gpus = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
+
+makers = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make_fake, id="fake"),
+        pytest.param(make_gloo, id="gloo"),
+        pytest.param(make_nccl, id="nccl", marks=[pytest.mark.gpu, needs_gpus]),
+    ],
+)
+makers_of_three = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make_fake, id="fake"),
+        pytest.param(make_gloo, id="gloo"),
+        pytest.param(make_nccl, id="nccl", marks=[pytest.mark.gpu, needs_three_gpus]),
+    ],
+)
+
+
+@makers
+def test_moves_between_two_members(make: conformance.Make) -> None:
+    conformance.check_communicator(make)
+
+
+@makers_of_three
+def test_moves_among_three_members(make: conformance.Make) -> None:
+    conformance.check_three_members(make)
+
+
+@makers
+def test_failures_are_typed_and_end(make: conformance.Make) -> None:
+    conformance.check_failures(make)
+
+
+def test_fake_abort_wakes_a_blocked_receive() -> None:
+    members = make_fake(2, (), ())
+    started = threading.Event()
+
+    def receive(member: Communicator) -> None:
+        move = member.start(torch.zeros(8, dtype=torch.uint8), sender=0, receivers=(1,), deadline=Deadline(20))
+        started.set()
+        move.finish(Deadline(20))
+
+    (future,) = conformance.in_threads([members[1]], receive)
+    assert started.wait(5)
+    members[1].abort()
+    with pytest.raises(CommunicatorError, match="abort"):
+        future.result(5)
+
+
+@pytest.mark.gpu
+@needs_gpus
+def test_nccl_abort_frees_a_blocked_receive_at_once() -> None:
+    members = make_nccl(2, (), ((0, 1),))
+    started = threading.Event()
+
+    def receive(member: Communicator) -> None:
+        torch.cuda.set_device(member.device)
+        deadline = Deadline(60)
+        buffer = torch.zeros(1 << 20, dtype=torch.uint8, device=member.device)
+        member.start(buffer, sender=0, receivers=(1,), deadline=deadline).finish(deadline)
+        started.set()
+        member.fence().wait(deadline)
+
+    (future,) = conformance.in_threads([members[1]], receive)
+    assert started.wait(20)
+    members[1].abort()
+    with pytest.raises(CommunicatorError, match="abort"):
+        future.result(10)
+
+    members[0].abort()
+    assert int(torch.ones(8, device="cuda:1").sum()) == 8
+
+
+def test_the_fake_notices_a_message_of_another_size() -> None:
+    members = make_fake(2, (), ())
+
+    def part(member: Communicator) -> None:
+        size = 8 if member.rank == 0 else 9
+        move = member.start(torch.zeros(size, dtype=torch.uint8), sender=0, receivers=(1,), deadline=Deadline(5))
+        move.finish(Deadline(5))
+
+    sender, receiver = conformance.in_threads(members, part)
+    assert sender.result(5) is None
+    with pytest.raises(CommunicatorError, match="expected 9 bytes from actor 0, which sent 8"):
+        receiver.result(5)
+
+
+def test_a_stranger_to_a_move_is_refused() -> None:
+    members = make_fake(3, (), ())
+    with pytest.raises(CommunicatorError, match="actor 2 takes no part"):
+        members[2].start(torch.zeros(8, dtype=torch.uint8), sender=0, receivers=(1,), deadline=Deadline(1))
+
+
+def test_a_store_is_reachable_on_its_own_address_only() -> None:
+    store, port = host_store("127.0.0.1", seconds=5)
+    assert store.host == "127.0.0.1"
+    hexadecimal = f"{port:04X}"
+    with open("/proc/net/tcp", encoding="ascii") as table:
+        listening = [
+            line.split()[1] for line in table if line.split()[3] == "0A" and line.split()[1].endswith(hexadecimal)
+        ]
+
+    assert listening == [f"0100007F:{hexadecimal}"]
+
+
+def test_gloo_members_that_never_come_are_given_up_at_the_deadline() -> None:
+    store, _ = host_store("127.0.0.1", seconds=1)
+    rendezvous = Rendezvous(
+        store, key="test", host="127.0.0.1", rank=0, size=2, groups=(), edges=(), deadline=Deadline(0.5)
+    )
+    with pytest.raises(MoveTimeout, match="connecting gloo"):
+        GlooCommunicator(rendezvous)
