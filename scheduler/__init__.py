@@ -2,8 +2,10 @@
 
 from wavecast.scheduler.bounds import Bound
 from wavecast.scheduler.cost import LinkCost, TaskCost
+from wavecast.scheduler.divide import Cut, Division, chunk_sizes, plan_divisible, plan_preemptive
 from wavecast.scheduler.errors import RunError, RunTimeout, ScheduleError, SchedulerError, TaskFailed, TaskTimeout
 from wavecast.scheduler.executor import run
+from wavecast.scheduler.fan_out import FanOut, fan_out
 from wavecast.scheduler.ports import PortModel
 from wavecast.scheduler.receipt import RunReport, TaskReceipt, WaveReceipt
 from wavecast.scheduler.schedule import Schedule, Wave, plan_waves
@@ -25,6 +27,13 @@ __all__ = (
     "TaskCost",
     "simulate",
     "Simulation",
+    "chunk_sizes",
+    "plan_divisible",
+    "plan_preemptive",
+    "Division",
+    "Cut",
+    "fan_out",
+    "FanOut",
     "run",
     "TaskReceipt",
     "WaveReceipt",

@@ -41,24 +41,32 @@ def lower_bound(graph: TaskGraph) -> Bound:
     )
 
 
-def uncut_nbytes(graph: TaskGraph) -> int:
+def uncut_nbytes(graph: TaskGraph, *, chunk_bytes: int | None = None) -> int:
     """
     Return what the sum over the waves of the largest task cannot go below, as long as no task is cut.
 
     The k-th longest wave holds a task at least as large as the k-th largest on any port, whatever the colouring: some
-    wave among the k longest must take the last of that port's k largest tasks. At least the busiest port's bytes.
-    O(memberships) and a sort.
+    wave among the k longest, or one as long, takes the last of that port's k largest tasks. At least the busiest port's
+    bytes. O(memberships) and a sort.
+
+    :param chunk_bytes: work it out for tasks cut into as few equal chunks of at most so many bytes, rounded up
     """
-    largest: list[int] = []
+    if chunk_bytes is None:
+        chunks = [1] * len(graph.nbytes)
+    else:
+        chunks = [max(1, -(-nbytes // chunk_bytes)) for nbytes in graph.nbytes]
+
+    sizes = [-(-nbytes // count) for nbytes, count in zip(graph.nbytes, chunks, strict=True)]
+    total = met = 0
     filled = [0] * graph.n_ports
-    for task in sorted(range(len(graph.ports)), key=lambda task: -graph.nbytes[task]):
+    for task in sorted(range(len(sizes)), key=lambda task: -sizes[task]):
         for port in graph.ports[task]:
-            if filled[port] == len(largest):
-                largest.append(graph.nbytes[task])
+            filled[port] += chunks[task]
+            if filled[port] > met:
+                total += sizes[task] * (filled[port] - met)
+                met = filled[port]
 
-            filled[port] += 1
-
-    return sum(largest)
+    return total
 
 
 def _part_bounds(graph: TaskGraph) -> tuple[int, int]:

@@ -119,11 +119,12 @@ def edge_coloring(graph: TaskGraph) -> list[int]:
     and finding the fewest is NP-hard. Tasks are then placed with exchanges of two waves along Kempe chains, and a local
     search of at most about half a second tries to do with fewer. Never more waves than :func:`largest_first`.
 
-    With dependencies: the better of :func:`largest_first`, and colouring all tasks of equal depth together, one depth
-    after another.
+    With dependencies: the best of :func:`first_fit`, which keeps a relay's rounds, :func:`largest_first`, and colouring
+    all tasks of equal depth together, one depth after another.
     """
     if graph.after:
-        return min(largest_first(graph), _by_depth(graph), key=lambda waves: max(waves, default=-1))
+        ways = first_fit(graph), largest_first(graph), _by_depth(graph)
+        return min(ways, key=lambda waves: max(waves, default=-1))
 
     if is_bipartite(graph):
         return color_bipartite(graph, graph.order)

@@ -26,7 +26,7 @@ def choose(graph: TaskGraph) -> tuple[str, list[int], str]:
 
         return "balanced", balanced(graph), f"{fewest}, and of several sizes"
 
-    candidates: list[Strategy] = [edge_coloring if alike or graph.after else balanced, largest_first]
+    candidates: list[Strategy] = [edge_coloring if alike or graph.after else balanced, largest_first, first_fit]
     if sum(degree * degree for degree in graph.degrees()) <= _DSATUR_PAIRS:
         candidates.append(dsatur)
 

@@ -1,0 +1,175 @@
+"""Tasks that may be cut: chunks of equal bytes, and schedules that reach the busiest port's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from wavecast.scheduler.bounds import lower_bound, uncut_nbytes
+from wavecast.scheduler.errors import ScheduleError
+from wavecast.scheduler.konig import is_bipartite
+from wavecast.scheduler.openshop import open_shop
+from wavecast.scheduler.ports import PortModel, build_graph
+from wavecast.scheduler.schedule import Schedule, gather, plan_waves
+from wavecast.scheduler.task import Task
+
+__all__ = ("chunk_sizes", "Cut", "Division", "plan_divisible", "plan_preemptive")
+
+
+def chunk_sizes(nbytes: int, *, chunk_bytes: int, min_chunk_bytes: int = 1) -> tuple[int, ...]:
+    """
+    Cut ``nbytes`` into as few chunks as ``chunk_bytes`` allows, equal to within one byte, larger ones first.
+
+    :param chunk_bytes: the most a chunk may have
+    :param min_chunk_bytes: rather fewer, longer chunks than one below this; never decides while it is at most half of
+        ``chunk_bytes``
+    :return: one chunk of no bytes for no bytes
+    :raises ValueError: for negative bytes or a chunk size below 1
+    """
+    if nbytes < 0 or chunk_bytes < 1 or min_chunk_bytes < 1:
+        raise ValueError(
+            f"cannot cut {nbytes} bytes into chunks of {min_chunk_bytes} to {chunk_bytes}: bytes must be 0 or more, "
+            "chunks 1 or more"
+        )
+
+    count = max(1, min(-(-nbytes // chunk_bytes), nbytes // min_chunk_bytes))
+    size, longer = divmod(nbytes, count)
+    return (size + 1,) * longer + (size,) * (count - longer)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """
+    The part of a task that a piece of it carries.
+
+    :ivar task: the id of the task that was cut
+    :ivar offset: first byte of the piece in it
+    :ivar nbytes: length of the piece
+    """
+
+    task: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """
+    A schedule of pieces.
+
+    :ivar schedule: of tasks numbered from 0, each with the members and the payload of the task it was cut from
+    :ivar cuts: per piece, by id, what it carries; in task order, and then by offset
+    """
+
+    schedule: Schedule
+    cuts: tuple[Cut, ...]
+
+
+def plan_divisible(
+    tasks: Iterable[Task],
+    *,
+    strategy: str = "auto",
+    ports: PortModel = "half",
+    max_gap: float = 1.05,
+    min_chunk_bytes: int = 1 << 20,
+) -> Division:
+    """
+    Cut tasks into chunks of equal bytes, no smaller than needed, and sort the chunks into waves.
+
+    Starts with whole tasks and takes a quarter off the chunk size until the sum of the waves' largest chunks is within
+    ``max_gap`` of the busiest port's bytes, or chunks would fall below ``min_chunk_bytes``; then the best schedule met
+    is kept. Sizes whose :func:`~wavecast.scheduler.bounds.uncut_nbytes` shows that no colouring can do are skipped.
+
+    A piece comes after all pieces of the tasks that its task comes after.
+
+    :param max_gap: the gap to reach, 1 or more
+    :raises ScheduleError: as :func:`~wavecast.scheduler.plan_waves` does
+    """
+    tasks = tuple(tasks)
+    graph = build_graph(tasks, ports)
+    goal = max_gap * lower_bound(graph).nbytes
+    best: Division | None = None
+    chunk_bytes = max(graph.nbytes, default=0)
+    while True:
+        last = chunk_bytes < 4 * min_chunk_bytes // 3
+        if best is None or last or uncut_nbytes(graph, chunk_bytes=chunk_bytes) <= goal:
+            sizes = [
+                chunk_sizes(nbytes, chunk_bytes=max(chunk_bytes, 1), min_chunk_bytes=min_chunk_bytes)
+                for nbytes in graph.nbytes
+            ]
+            pieces, cuts = _cut(tasks, sizes)
+            schedule = plan_waves(pieces, strategy=strategy, ports=ports)
+            if best is None or schedule.gap < best.schedule.gap:
+                best = Division(schedule, cuts)
+
+            if last or schedule.makespan_bytes <= goal:
+                return best
+
+        chunk_bytes = chunk_bytes * 3 // 4
+
+
+def plan_preemptive(tasks: Iterable[Task], *, ports: PortModel = "half", min_chunk_bytes: int = 1) -> Division:
+    """
+    Cut tasks such that the sum of the waves' largest pieces is exactly the busiest port's bytes.
+
+    Gonzalez and Sahni's open shop (:func:`~wavecast.scheduler.openshop.open_shop`), for one-to-one tasks over a
+    bipartite graph without dependencies. It makes about as many waves as there are tasks and ports, each of up to half
+    as many pieces as ports: meant for plans of up to some hundred tasks, and to compare others with.
+
+    :param min_chunk_bytes: every task counts as a whole number of these, and is cut nowhere else; with more than 1 the
+        bytes of the busiest port are exceeded by less than this for each of its tasks
+    :raises ScheduleError: when the tasks are not such, and as :func:`~wavecast.scheduler.plan_waves` does
+    """
+    tasks = tuple(tasks)
+    graph = build_graph(tasks, ports)
+    if graph.after or not is_bipartite(graph):
+        raise ScheduleError(
+            "cutting anywhere needs one-to-one tasks over a bipartite graph, without dependencies: use plan_divisible"
+        )
+
+    units = [-(-nbytes // min_chunk_bytes) for nbytes in graph.nbytes]
+    rounds = open_shop(graph.ports, units, n_ports=graph.n_ports)
+    sizes: list[list[int]] = [[] for _ in tasks]
+    waves: list[list[int]] = [[] for _ in tasks]
+    for wave, (length, members) in enumerate(rounds):
+        for task in members:
+            # The last unit of a task may be a short one.
+            left = graph.nbytes[task] - sum(sizes[task])
+            sizes[task].append(min(length * min_chunk_bytes, left))
+            waves[task].append(wave)
+
+    for task, nbytes in enumerate(graph.nbytes):
+        if nbytes == 0:
+            sizes[task].append(0)
+            waves[task].append(len(rounds) + task)
+
+    pieces, cuts = _cut(tasks, sizes)
+    return Division(
+        Schedule(
+            gather(pieces, [wave for task in waves for wave in task]),
+            lower_bound(build_graph(pieces, ports)),
+            ports,
+            "preemptive",
+        ),
+        cuts,
+    )
+
+
+def _cut(tasks: Sequence[Task], sizes: Sequence[Sequence[int]]) -> tuple[tuple[Task, ...], tuple[Cut, ...]]:
+    pieces: list[Task] = []
+    cuts: list[Cut] = []
+    ids: dict[int, range] = {}
+    first = 0
+    for task, parts in zip(tasks, sizes, strict=True):
+        ids[task.id] = range(first, first + len(parts))
+        first += len(parts)
+
+    for task, parts in zip(tasks, sizes, strict=True):
+        after = tuple(id for before in task.after for id in ids[before])
+        offset = 0
+        for nbytes in parts:
+            pieces.append(replace(task, id=len(pieces), nbytes=nbytes, after=after))
+            cuts.append(Cut(task.id, offset, nbytes))
+            offset += nbytes
+
+    return tuple(pieces), tuple(cuts)

@@ -1,0 +1,223 @@
+"""One sender, many receivers: one broadcast each time, or a relay in which receivers pass on what they got."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from wavecast.scheduler.coloring import first_fit
+from wavecast.scheduler.cost import LinkCost
+from wavecast.scheduler.errors import ScheduleError
+from wavecast.scheduler.ports import PortModel, build_graph
+from wavecast.scheduler.task import Task
+
+__all__ = ("FanOut", "Hop", "fan_out", "chain_hops", "tree_hops")
+
+FanOut = Literal["auto", "broadcast", "chain", "tree"]
+"""How a task reaches its receivers. ``auto`` takes what costs the fewest seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """
+    A chunk that goes from one node of a relay to another.
+
+    :ivar round: when, counted from 0
+    :ivar chunk: which, counted from 0
+    :ivar sender: 0 for the source, otherwise a receiver, counted from 1
+    :ivar receiver: a receiver, counted from 1
+    """
+
+    round: int
+    chunk: int
+    sender: int
+    receiver: int
+
+
+def fan_out(
+    tasks: Iterable[Task], *, ports: PortModel = "full", cost: LinkCost | None = None, method: FanOut = "auto"
+) -> tuple[Task, ...]:
+    """
+    Rewrite tasks of one sender and several receivers into relays, where that is faster.
+
+    Tasks with the same sender and receivers are the chunks of one stream: while a receiver passes a chunk on, it gets
+    the next one. A rewritten task becomes one task for each receiver, with the same bytes and payload, that comes after
+    the task which brought the bytes to its sender. Tasks of several senders or one receiver stay as they are.
+
+    Rewritten tasks get ids after the highest one given; a task that came after a rewritten one comes after all it
+    became. First fit keeps to the rounds of the relay: a stream alone takes no more waves than the relay has rounds.
+
+    :param cost: of a link; with its ``branching`` at 0 a broadcast is never slower
+    :param method: how; ``auto`` compares the broadcast with the tree (in the half model, with the chain too)
+    :return: rewritten tasks at the place of the first chunk of their stream, others as they were
+    :raises ScheduleError: for an unknown method, and as :func:`~wavecast.scheduler.plan_waves` does
+    """
+    tasks = tuple(tasks)
+    if method not in get_args(FanOut):
+        raise ScheduleError(f"method is {method!r}: it must be one of {', '.join(get_args(FanOut))}")
+
+    build_graph(tasks, ports)
+    streams: dict[tuple[int, tuple[int, ...]], list[Task]] = {}
+    for task in tasks:
+        receivers = tuple(actor for actor in dict.fromkeys(task.receivers) if actor not in task.senders)
+        if len(set(task.senders)) == 1 and len(receivers) > 1 and len(receivers) == len(set(task.receivers)):
+            streams.setdefault((task.senders[0], receivers), []).append(task)
+
+    next_id = max((task.id for task in tasks), default=-1) + 1
+    became: dict[int, tuple[Task, ...]] = {}
+    placed: dict[int, tuple[Task, ...]] = {}
+    for (sender, receivers), chunks in streams.items():
+        hops = _choose(chunks, receivers, ports, cost or LinkCost(), method)
+        if hops is None:
+            continue
+
+        hop_tasks = _link(chunks, (sender, *receivers), hops, next_id)
+        next_id += len(hop_tasks)
+        placed[chunks[0].id] = hop_tasks
+        for index, chunk in enumerate(chunks):
+            became[chunk.id] = tuple(task for task, hop in zip(hop_tasks, hops, strict=True) if hop.chunk == index)
+
+    return tuple(_place(tasks, became, placed))
+
+
+def chain_hops(receivers: int, chunks: int) -> tuple[Hop, ...]:
+    """Return a relay along a line: ``chunks + receivers - 1`` rounds in the full model."""
+    return tuple(
+        sorted(
+            (Hop(chunk + node, chunk, node, node + 1) for chunk in range(chunks) for node in range(receivers)),
+            key=lambda hop: (hop.round, hop.sender),
+        )
+    )
+
+
+def tree_hops(receivers: int, chunks: int) -> tuple[Hop, ...]:
+    """
+    Return a relay in ``chunks + ceil(log2(receivers + 1)) - 1`` rounds or one more, in the full model.
+
+    The first is a lower bound: the last chunk leaves the source in round ``chunks`` at the earliest, and the holders of
+    a chunk at most double in a round. Nodes stand in a circle, as in Traff's broadcast (2022): in a round every node
+    sends to the one at the same distance ahead, and distances take turns, the longest first. The source sends a new
+    chunk every round, the others the newest chunk that their receiver lacks. Several sets of distances are tried; for
+    all up to 128 receivers and 64 chunks one of them keeps to the rounds above (seen by trying them all).
+
+    O(receivers * chunks) per try, at most 3 log2(receivers) tries.
+    """
+    if receivers < 1 or chunks < 1:
+        return ()
+
+    nodes = receivers + 1
+    lowest = chunks - 1 + (nodes - 1).bit_length()
+    best: list[Hop] = []
+    for distances in _distances(nodes):
+        hops = _circulate(nodes, chunks, distances)
+        if not best or hops[-1].round < best[-1].round:
+            best = hops
+
+        if best[-1].round + 1 == lowest:
+            break
+
+    return tuple(best)
+
+
+def _distances(nodes: int) -> Iterator[list[int]]:
+    steps = (nodes - 1).bit_length()
+    up, down, power = [nodes], [nodes], [1 << step for step in reversed(range(steps))]
+    for _ in range(steps):
+        up.append((up[-1] + 1) // 2)
+        down.append(max(1, down[-1] // 2))
+
+    for distances in (up[1:], down[1:], power):
+        for turn in range(steps):
+            yield distances[turn:] + distances[:turn]
+
+
+def _circulate(nodes: int, chunks: int, distances: list[int]) -> list[Hop]:
+    everything = (1 << chunks) - 1
+    held = [everything] + [0] * (nodes - 1)  # per node: bitmask of the chunks it has
+    missing = nodes - 1
+    hops: list[Hop] = []
+    round = 0
+    while missing:
+        distance = distances[round % len(distances)]
+        now: list[Hop] = []
+        for node in range(nodes):
+            receiver = (node + distance) % nodes
+            lacking = held[node] & ~held[receiver]
+            if not lacking:
+                continue
+
+            chunk = lacking.bit_length() - 1
+            if node == 0 and lacking >> min(round, chunks - 1) & 1:
+                chunk = min(round, chunks - 1)
+
+            now.append(Hop(round, chunk, node, receiver))
+
+        for hop in now:
+            held[hop.receiver] |= 1 << hop.chunk
+            missing -= held[hop.receiver] == everything
+
+        hops += now
+        round += 1
+
+    return hops
+
+
+def _choose(
+    chunks: list[Task], receivers: tuple[int, ...], ports: PortModel, cost: LinkCost, method: FanOut
+) -> tuple[Hop, ...] | None:
+    """Return the hops of the cheapest way, or None for a broadcast of each chunk."""
+    if method == "broadcast":
+        return None
+
+    ways = {"chain": chain_hops, "tree": tree_hops}
+    if method != "auto":
+        return ways[method](len(receivers), len(chunks))
+
+    best: tuple[Hop, ...] | None = None
+    lowest = sum(map(cost, chunks))
+    bare = [replace(chunk, after=()) for chunk in chunks]
+    largest = max(chunk.nbytes for chunk in chunks)
+    for way in ways.values():
+        hops = way(len(receivers), len(chunks))
+        linked = _link(bare, tuple(range(len(receivers) + 1)), hops, 0)
+        seconds = (max(first_fit(build_graph(linked, ports))) + 1) * cost.seconds(largest)
+        if seconds < lowest:
+            best, lowest = hops, seconds
+
+    return best
+
+
+def _link(chunks: list[Task], nodes: tuple[int, ...], hops: tuple[Hop, ...], first_id: int) -> tuple[Task, ...]:
+    brought: dict[tuple[int, int], int] = {}  # (chunk, node): the task that brings it there
+    linked: list[Task] = []
+    for hop in hops:
+        chunk = chunks[hop.chunk]
+        id = first_id + len(linked)
+        brought[hop.chunk, hop.receiver] = id
+        before = chunk.after if hop.sender == 0 else (*chunk.after, brought[hop.chunk, hop.sender])
+        linked.append(
+            replace(chunk, id=id, senders=(nodes[hop.sender],), receivers=(nodes[hop.receiver],), after=before)
+        )
+
+    return tuple(linked)
+
+
+def _place(
+    tasks: tuple[Task, ...], became: dict[int, tuple[Task, ...]], placed: dict[int, tuple[Task, ...]]
+) -> Iterator[Task]:
+    for task in tasks:
+        for written in placed.get(task.id, () if task.id in became else (task,)):
+            if any(before in became for before in written.after):
+                after = dict.fromkeys(
+                    id
+                    for before in written.after
+                    for id in ([hop.id for hop in became[before]] if before in became else [before])
+                )
+                written = replace(written, after=tuple(after))
+
+            yield written
+
+
+def _id_of(task: Task) -> int:
+    return task.id
