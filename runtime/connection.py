@@ -34,7 +34,7 @@ class Connection:
         self._digest = ""
         self.transport = ""
 
-    async def ensure(self, preparation: Preparation, transport: str, *, seconds: float) -> bool:
+    async def ensure(self, preparation: Preparation, transport: str, *, run: str, seconds: float) -> bool:
         """
         Make what is missing for ``preparation``, on all actors at once; return whether communicators were made.
 
@@ -46,21 +46,22 @@ class Connection:
             and self._edges.issuperset(preparation.edges)
         )
         if not fits:
-            await self._connect(preparation, transport, seconds)
+            await self._connect(preparation, transport, run, seconds)
 
         if self._digest != preparation.digest:
-            await self._actors.ask_all({program.actor: Load(program) for program in preparation.programs}, Done)
+            await self._actors.ask_all({program.actor: Load(run, program) for program in preparation.programs}, Done)
             self._digest = preparation.digest
 
         return not fits
 
-    async def _connect(self, preparation: Preparation, transport: str, seconds: float) -> None:
+    async def _connect(self, preparation: Preparation, transport: str, run: str, seconds: float) -> None:
         self.forget()
         # Unguessable: whoever does not know it finds no key in the store.
         name = f"wavecast-{secrets.token_hex(16)}"
-        address = await self._actors.ask(0, HostStore(name, seconds), StoreAddress)
+        address = await self._actors.ask(0, HostStore(run, name, seconds), StoreAddress)
         requests = {
             actor: Connect(
+                run=run,
                 connection=name,
                 transport=transport,
                 host=address.host,

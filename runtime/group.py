@@ -39,6 +39,7 @@ __all__ = ("ParameterSyncGroup",)
 
 #: After the deadline: to end what is running on the actors, and to let go of the rest.
 _ABORT_SECONDS = 0.7
+_PRECEDENCE_SECONDS = 0.1
 _CLOSE_SECONDS = 5.0
 
 Progress = Callable[[TaskReceipt], object]
@@ -64,7 +65,10 @@ class _State:
         self.run = secrets.token_hex(8)
         self.watch = Stopwatch()
         self.ends = time.monotonic() + request.deadline
+        self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.deadline)
         self.touched: set[int] = set()
+        self.owing: tuple[int, ...] = ()
+        self.aborted = False
 
     @property
     def seconds_left(self) -> float:
@@ -147,16 +151,15 @@ class ParameterSyncGroup:
         )
         state = self._state = _State(request)
         try:
-            with anyio.move_on_after(request.deadline) as scope:
+            with state.scope:
                 return await self._sync(state)
 
-            if scope.cancelled_caught:
-                raise self._timeout(state)
-
-            raise errors.SyncAborted("the sync ended without a result", phase=state.watch.phase)
+            await self._abort(state, f"the deadline of {request.deadline} seconds passed")
+            raise self._timeout(state)
         except BaseException as error:
+            self._mark_torn(state)
             with anyio.CancelScope(shield=True):
-                await self._abort(state, error)
+                await self._abort(state, f"{type(error).__name__}: {error}")
 
             if isinstance(error, errors.SyncError):
                 error.phase = error.phase or state.watch.phase
@@ -240,7 +243,7 @@ class ParameterSyncGroup:
         places = [reply.place for reply in began]
         transport = choose_transport(self._options.transport, places)
         with watch.measure("connect"):
-            connected = await self._connection.ensure(preparation, transport, seconds=state.seconds_left)
+            connected = await self._connection.ensure(preparation, transport, run=state.run, seconds=state.seconds_left)
 
         outcome = RunReport(0.0, ())
         finished: dict[int, Finished] = {}
@@ -319,8 +322,10 @@ class ParameterSyncGroup:
             return await self._actors.answers(refs, StepDone)
 
         async def abort(tasks: tuple[Task, ...]) -> None:
-            await self._actors.abort(state.run, "another member of the run failed")
+            await self._abort(state, f"task {tasks[0].id} was given up" if tasks else "the run was given up")
 
+        # The run has the same deadline and can say more of it: it goes first.
+        state.scope.deadline += _PRECEDENCE_SECONDS
         options = self._options
         try:
             return await run(
@@ -330,7 +335,7 @@ class ParameterSyncGroup:
                 deadline=state.seconds_left,
                 abort=abort,
                 in_flight=options.in_flight,
-                abort_seconds=_ABORT_SECONDS,
+                abort_seconds=_ABORT_SECONDS + _PRECEDENCE_SECONDS,
                 on_receipt=state.request.progress,
             )
         except TaskFailed as failure:
@@ -379,31 +384,38 @@ class ParameterSyncGroup:
 
     # Failure.
 
-    async def _abort(self, state: _State, error: BaseException) -> None:
-        """End whatever is left of a failed sync, within the grace time, and say which replicas it tore."""
+    def _mark_torn(self, state: _State) -> None:
+        """Say which replicas a failed sync had begun to write to."""
         for index, replica in enumerate(self._members_of_replicas()):
             version = self._versions[index]
             if not state.touched.isdisjoint(replica):
                 before = version.from_version if isinstance(version, Torn) else version
                 self._versions[index] = Torn(before, state.request.version)
 
+    async def _abort(self, state: _State, reason: str) -> None:
+        """End what is left of a failed sync on all actors, once, within the grace time."""
+        if state.aborted:
+            return
+
+        state.aborted = True
+        state.owing = self._actors.waiting_for()
         self._connection.forget()
         with anyio.move_on_after(_ABORT_SECONDS):
-            await self._actors.abort(state.run, f"{type(error).__name__}: {error}")
+            await self._actors.abort(state.run, reason)
 
     def _timeout(self, state: _State, unfinished: tuple[Task, ...] = ()) -> errors.SyncTimeout:
-        actors = self._actors.waiting_for()
         tasks = f"; {len(unfinished)} tasks were unfinished" if unfinished else ""
         return errors.SyncTimeout(
             f"the deadline of {state.request.deadline} seconds passed{tasks}",
             phase=state.watch.phase,
-            actors=actors or tuple(dict.fromkeys(member for task in unfinished[:1] for member in task.members)),
+            actors=state.owing or tuple(dict.fromkeys(member for task in unfinished[:1] for member in task.members)),
             task=unfinished[0].id if unfinished else None,
         )
 
     # Members.
 
     def _set_members(self, source: ModelGroup, destination: ModelGroup) -> None:
+        actors = RayActors((*source.actors, *destination.actors))
         both = [actor for actor in source.actors if actor in destination.actors]
         if both:
             raise errors.ConfigError(
@@ -411,7 +423,7 @@ class ParameterSyncGroup:
                 "a trainer and an engine that share a GPU are two actors"
             )
 
-        self._actors = RayActors((*source.actors, *destination.actors))
+        self._actors = actors
         self._source = source
         self._destination = destination
         self._sources = len(source.actors)

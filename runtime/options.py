@@ -54,7 +54,9 @@ class SyncOptions:
         object.__setattr__(self, "allow_missing", frozenset(self.allow_missing))
         _require(self.transport in ("auto", "nccl", "gloo"), "transport", self.transport, "auto, nccl or gloo")
         _require(self.budget_bytes >= _LEAST_BUDGET, "budget_bytes", self.budget_bytes, f"at least {_LEAST_BUDGET}")
-        _require(self.chunk_bytes is None or self.chunk_bytes > 0, "chunk_bytes", self.chunk_bytes, "positive or None")
+        _require(
+            self.chunk_bytes is None or self.chunk_bytes >= _ALIGNMENT, "chunk_bytes", self.chunk_bytes, "16 or more"
+        )
         _require(
             self.strategy == "auto" or self.strategy in STRATEGIES,
             "strategy",

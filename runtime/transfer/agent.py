@@ -127,7 +127,7 @@ class Agent:
             while not future.done():
                 wait((future,), timeout=_LOOK_SECONDS)
                 if not future.done() and host.cancelled():
-                    self._give_up("the driver cancelled the call")
+                    self._give_up(request, "the driver cancelled the call")
                     return Failure("SyncAborted", "the driver cancelled the call")
 
             return future.result()
@@ -140,7 +140,7 @@ class Agent:
             future = self._start(request, host, attachment)
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            self._give_up("the driver cancelled the call")
+            self._give_up(request, "the driver cancelled the call")
             raise
         except Exception as error:
             return self._failed(request, error)
@@ -171,13 +171,12 @@ class Agent:
                 return self._begin(request, host)
             case HostStore():
                 store, port = host_store(host.address(), seconds=request.seconds)
-                self._stores[request.connection] = store
+                self._stores = {request.connection: store}
                 return StoreAddress(host.address(), port)
             case Commit():
                 return self._commit(request)
             case Abort():
-                if self._run is not None and self._run.name == request.run:
-                    self._give_up(request.reason)
+                self._give_up(request, request.reason)
                 return Done()
             case Close():
                 return self._close()
@@ -187,7 +186,7 @@ class Agent:
     def _failed(self, request: Request, error: Exception) -> Failure:
         """Turn an exception into an answer. A failed transport is dropped: its other members get the same."""
         if isinstance(request, RunStep | Finish | Connect):
-            self._give_up(f"{type(error).__name__}: {error}")
+            self._give_up(request, f"{type(error).__name__}: {error}")
 
         return _failure(error)
 
@@ -299,16 +298,19 @@ class Agent:
 
         return Done()
 
-    def _give_up(self, reason: str) -> None:
-        """End the run at once: nothing is written after this returns."""
+    def _give_up(self, request: Request, reason: str) -> None:
+        """End the request's run at once: nothing is written after this returns. A later run is left alone."""
         with self._lock:
-            run, self._run = self._run, None
+            run = self._run
+            if run is None or getattr(request, "run", run.name) != run.name:
+                return
+
+            self._run = None
             self._epoch += 1
-            if run is not None:
-                run.given_up = reason
-                for _, future in run.waiting.values():
-                    future.set_exception(errors.SyncAborted(reason))
-                run.waiting.clear()
+            run.given_up = reason
+            for _, future in run.waiting.values():
+                future.set_exception(errors.SyncAborted(reason))
+            run.waiting.clear()
 
             self._drop_connection(abort=True)
             idle = self._lane.submit(lambda: None)

@@ -53,6 +53,7 @@ class Begin:
 class HostStore:
     """Asks one actor to host the rendezvous of a connection, on its node's own address."""
 
+    run: str
     connection: str
     seconds: float
 
@@ -69,6 +70,7 @@ class Connect:
     :ivar edges: sender and receiver of every one-to-one task, to be warmed up
     """
 
+    run: str
     connection: str
     transport: str
     host: str
@@ -84,6 +86,7 @@ class Connect:
 class Load:
     """Hands over an actor's program, once a plan."""
 
+    run: str
     program: Program
 
 
