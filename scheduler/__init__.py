@@ -5,6 +5,7 @@ from wavecast.scheduler.cost import LinkCost, TaskCost
 from wavecast.scheduler.divide import Cut, Division, chunk_sizes, plan_divisible, plan_preemptive
 from wavecast.scheduler.errors import RunError, RunTimeout, ScheduleError, SchedulerError, TaskFailed, TaskTimeout
 from wavecast.scheduler.executor import run
+from wavecast.scheduler.explain import Explanation, WaveShare, explain
 from wavecast.scheduler.fan_out import FanOut, fan_out
 from wavecast.scheduler.ports import PortModel
 from wavecast.scheduler.receipt import RunReport, TaskReceipt, WaveReceipt
@@ -27,6 +28,9 @@ __all__ = (
     "TaskCost",
     "simulate",
     "Simulation",
+    "explain",
+    "Explanation",
+    "WaveShare",
     "chunk_sizes",
     "plan_divisible",
     "plan_preemptive",

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import combinations, count
+
+import networkx as nx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wavecast.scheduler import STRATEGIES, PortModel, Task, plan_waves, verify
+from wavecast.scheduler.bounds import lower_bound, uncut_nbytes
+from wavecast.scheduler.konig import is_bipartite
+from wavecast.scheduler.ports import TaskGraph, build_graph
+
+OPTIMAL = ("edge_coloring", "balanced", "auto")
+
+
+def one_to_one(edges: list[tuple[int, int]], nbytes: int = 1) -> list[Task]:
+    return [Task(id, (sender,), (receiver,), nbytes) for id, (sender, receiver) in enumerate(edges)]
+
+
+def waves_of(tasks: list[Task], strategy: str, ports: PortModel = "half") -> int:
+    schedule = plan_waves(tasks, strategy=strategy, ports=ports)
+    verify(schedule, tasks)
+    return len(schedule.waves)
+
+
+def fewest_by_trying(graph: TaskGraph) -> int:
+    """Colour in every way, by backtracking: only for a handful of tasks."""
+    ports = [set(edge) for edge in graph.ports]
+
+    def place(task: int, waves: list[set[int]], limit: int) -> bool:
+        if task == len(ports):
+            return True
+
+        for wave in waves:
+            if not wave & ports[task]:
+                wave |= ports[task]
+                if place(task + 1, waves, limit):
+                    return True
+
+                wave -= ports[task]
+
+        return len(waves) < limit and place(task + 1, [*waves, set(ports[task])], limit)
+
+    return next(limit for limit in count() if place(0, [], limit))
+
+
+def least_span_by_trying(graph: TaskGraph) -> int:
+    """The smallest sum over waves of the largest task, over every colouring. Larger tasks open the waves."""
+    order = sorted(range(len(graph.ports)), key=lambda task: -graph.nbytes[task])
+    best = sum(graph.nbytes)
+
+    def place(index: int, waves: list[set[int]], total: int) -> None:
+        nonlocal best
+        if total >= best:
+            return
+
+        if index == len(order):
+            best = total
+            return
+
+        ports = set(graph.ports[order[index]])
+        for wave in waves:
+            if not wave & ports:
+                wave |= ports
+                place(index + 1, waves, total)
+                wave -= ports
+
+        place(index + 1, [*waves, ports], total + graph.nbytes[order[index]])
+
+    place(0, [], 0)
+    return best
+
+
+@given(edges=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=60), strategy=st.sampled_from(OPTIMAL))
+def test_one_to_one_plans_in_the_full_model_take_as_many_waves_as_the_busiest_port_has_tasks(
+    edges: list[tuple[int, int]], strategy: str
+) -> None:
+    tasks = one_to_one(edges)
+    busiest = max([sum(edge[side] == actor for edge in edges) for side in (0, 1) for actor in range(10)], default=0)
+
+    assert waves_of(tasks, strategy, "full") == busiest
+
+
+@given(
+    edges=st.lists(st.tuples(st.integers(0, 9), st.integers(10, 19)), max_size=60),
+    sizes=st.lists(st.integers(0, 5), min_size=60, max_size=60),
+    strategy=st.sampled_from(OPTIMAL),
+)
+def test_disjoint_plans_in_the_half_model_do_so_too(
+    edges: list[tuple[int, int]], sizes: list[int], strategy: str
+) -> None:
+    tasks = [Task(id, (a,), (b,), sizes[id]) for id, (a, b) in enumerate(edges)]
+    busiest = max([sum(actor in edge for edge in edges) for actor in range(20)], default=0)
+
+    assert waves_of(tasks, strategy, "half") == busiest
+
+
+@pytest.mark.parametrize("strategy", OPTIMAL)
+@pytest.mark.parametrize(
+    ("rows", "columns", "times"), [(3, 2, 1), (4, 3, 2), (6, 4, 1), (7, 7, 3), (23, 17, 1), (40, 40, 1), (5, 61, 2)]
+)
+def test_all_to_all_in_shuffled_order_is_optimal(rows: int, columns: int, times: int, strategy: str) -> None:
+    edges = [(row, rows + column) for row in range(rows) for column in range(columns)] * times
+    random.Random(rows * columns).shuffle(edges)
+
+    assert waves_of(one_to_one(edges), strategy) == max(rows, columns) * times
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_regular_plans_without_any_slack_are_optimal(seed: int) -> None:
+    rng = random.Random(seed)
+    actors, degree = rng.choice((31, 64, 97)), rng.choice((5, 12, 30))
+    edges = []
+    for _ in range(degree):
+        targets = list(range(actors))
+        rng.shuffle(targets)
+        edges += [(actor, actors + target) for actor, target in enumerate(targets)]
+
+    rng.shuffle(edges)
+
+    assert waves_of(one_to_one(edges), "edge_coloring") == degree
+    assert waves_of(one_to_one(edges), "first_fit") > degree
+
+
+GRAPHS: list[tuple[str, Callable[[], nx.Graph], int]] = [
+    ("an even complete graph", lambda: nx.complete_graph(8), 7),
+    ("an odd complete graph", lambda: nx.complete_graph(7), 7),
+    ("an even cycle", lambda: nx.cycle_graph(8), 2),
+    ("an odd cycle", lambda: nx.cycle_graph(9), 3),
+    ("the Petersen graph", nx.petersen_graph, 4),
+    ("a star", lambda: nx.star_graph(9), 9),
+    ("a grid", lambda: nx.convert_node_labels_to_integers(nx.grid_2d_graph(5, 6)), 4),
+    ("a hypercube", lambda: nx.convert_node_labels_to_integers(nx.hypercube_graph(4)), 4),
+    ("a dodecahedron", nx.dodecahedral_graph, 3),
+]
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize(("name", "build", "fewest"), GRAPHS, ids=[name for name, _, _ in GRAPHS])
+def test_known_graphs_are_never_below_their_optimum_and_met_by_the_best(
+    name: str, build: Callable[[], nx.Graph], fewest: int, strategy: str
+) -> None:
+    tasks = one_to_one(list(build().edges))
+
+    waves = waves_of(tasks, strategy)
+
+    assert fewest <= waves <= 2 * max(degree for _, degree in build().degree) - 1
+    if strategy in ("edge_coloring", "auto"):
+        assert waves == fewest
+
+
+@given(data=st.data(), ports=st.sampled_from(("half", "full")))
+def test_bounds_hold_and_small_plans_are_met(data: st.DataObject, ports: PortModel) -> None:
+    actors = st.lists(st.integers(0, 5), min_size=1, max_size=2, unique=True).map(tuple)
+    tasks = [
+        Task(id, data.draw(actors), data.draw(actors), data.draw(st.integers(0, 4)))
+        for id in range(data.draw(st.integers(0, 8)))
+    ]
+    graph = build_graph(tasks, ports)
+
+    fewest = fewest_by_trying(graph)
+    least = least_span_by_trying(graph)
+
+    assert lower_bound(graph).waves <= fewest
+    assert max(graph.loads(), default=0) <= uncut_nbytes(graph) <= least
+    for strategy in STRATEGIES:
+        schedule = plan_waves(tasks, strategy=strategy, ports=ports)
+        assert len(schedule.waves) >= fewest
+        assert schedule.makespan_bytes >= least
+
+    assert waves_of(tasks, "edge_coloring", ports) == fewest
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_to_many_plans_are_no_worse_than_saturation_on_the_whole_conflict_graph(seed: int) -> None:
+    rng = random.Random(seed)
+    tasks = [
+        Task(id, (rng.randrange(8),), tuple(8 + actor for actor in rng.sample(range(12), rng.randint(1, 4))), 1)
+        for id in range(80)
+    ]
+    conflicts = nx.Graph()
+    conflicts.add_nodes_from(range(len(tasks)))
+    conflicts.add_edges_from((a.id, b.id) for a, b in combinations(tasks, 2) if set(a.members) & set(b.members))
+    reference = max(nx.greedy_color(conflicts, strategy="saturation_largest_first").values()) + 1
+
+    assert waves_of(tasks, "auto") <= reference
+    assert waves_of(tasks, "edge_coloring") <= reference
+    assert waves_of(tasks, "dsatur") <= reference + 2
+
+
+def test_two_sides_are_found_whatever_they_are_called() -> None:
+    path = [(0, 1), (1, 2), (2, 3), (3, 0)]
+
+    assert is_bipartite(build_graph(one_to_one(path), "half"))
+    assert not is_bipartite(build_graph(one_to_one([*path, (0, 2)]), "half"))
+    assert is_bipartite(build_graph(one_to_one([*path, (0, 2)]), "full"))
+    assert not is_bipartite(build_graph([Task(0, (0,), (1, 2), 1)], "half"))
+
+
+def test_balanced_puts_tasks_of_like_size_together_and_long_waves_first() -> None:
+    rng = random.Random(1)
+    tasks = [Task(id, (id % 4,), (4 + (id // 4) % 4,), rng.choice((1, 10, 100, 1000))) for id in range(64)]
+
+    balanced = plan_waves(tasks, strategy="balanced")
+    first_fit = plan_waves(tasks, strategy="first_fit")
+
+    longest = [wave.longest_nbytes for wave in balanced.waves]
+    assert longest == sorted(longest, reverse=True)
+    assert len(balanced.waves) == 16
+    assert balanced.makespan_bytes < 0.75 * first_fit.makespan_bytes
+
+
+def test_auto_says_what_it_chose_and_why() -> None:
+    pairs = one_to_one([(0, 2), (1, 3), (0, 3)])
+    alike = plan_waves(pairs)
+    assert alike.strategy == "edge_coloring"
+    assert "one-to-one tasks over a bipartite graph" in alike.reason
+
+    unlike = plan_waves([*pairs, Task(9, (1,), (2,), 7)])
+    assert (unlike.strategy, "of several sizes" in unlike.reason) == ("balanced", True)
+
+    broadcast = plan_waves([*pairs, Task(9, (1,), (2, 3), 7)])
+    assert broadcast.strategy in STRATEGIES
+    assert broadcast.reason.startswith("conflicts that are not bipartite: the shortest of ")
+    assert plan_waves(pairs, strategy="dsatur").reason == ""
+
+
+def test_every_strategy_tells_its_bound_its_cost_or_its_source() -> None:
+    for name, strategy in STRATEGIES.items():
+        assert strategy.__name__ == name
+        assert len(strategy.__doc__ or "") > 200
