@@ -7,6 +7,7 @@ number of tasks on the busiest port: no colouring has fewer waves.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 
@@ -26,6 +27,10 @@ after. Waves may be left empty; the caller closes the gaps.
 
 # Steps of local search that a strategy may take: about half a second.
 _REDUCE_STEPS = 2_000_000
+# Up to so many tasks more than one order of placing them is tried.
+_SEARCH_TASKS = 20_000
+# Above so many tasks, some of them one-to-many, exchanges gain too little for their time.
+_EXCHANGE_TASKS = 50_000
 
 
 def first_fit(graph: TaskGraph) -> list[int]:
@@ -220,10 +225,19 @@ def _color_by_exchange(graph: TaskGraph, order: Iterable[int]) -> list[int]:
     order = sorted(order, key=lambda task: -len(graph.ports[task]))
     fewest = lower_bound(graph).waves
     waves = greedy(graph, order)
-    if max(waves, default=-1) < fewest:
+    if len(order) > _EXCHANGE_TASKS and any(len(ports) > 2 for ports in graph.ports):
         return waves
 
-    waves = min(waves, _insert_all(graph, order, fewest), key=lambda waves: max(waves, default=-1))
+    # Tasks often come sender by sender, which leaves the last ones no way out: in mixed order there mostly is one.
+    mixed = list(order)
+    random.Random(len(mixed)).shuffle(mixed)
+    mixed.sort(key=lambda task: -len(graph.ports[task]))
+    for ways in (mixed, order) if len(order) <= _SEARCH_TASKS else (mixed,):
+        if max(waves, default=-1) < fewest:
+            return waves
+
+        waves = min(waves, _insert_all(graph, ways, fewest), key=lambda waves: max(waves, default=-1))
+
     steps = min(_REDUCE_STEPS, 5000 * len(waves))
     return reduce_waves(graph, close_gaps(waves), target=fewest, steps=steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wavecast.scheduler.bounds import lower_bound, uncut_nbytes
 from wavecast.scheduler.coloring import Strategy, balanced, dsatur, edge_coloring, first_fit, largest_first, span
 from wavecast.scheduler.konig import is_bipartite
 from wavecast.scheduler.ports import TaskGraph
@@ -30,9 +31,18 @@ def choose(graph: TaskGraph) -> tuple[str, list[int], str]:
     if sum(degree * degree for degree in graph.degrees()) <= _DSATUR_PAIRS:
         candidates.append(dsatur)
 
-    found = [(strategy.__name__, strategy(graph)) for strategy in candidates]
-    spans = {name: span(graph, waves) for name, waves in found}
-    name, waves = min(found, key=lambda entry: spans[entry[0]])
+    bound = lower_bound(graph).waves, uncut_nbytes(graph)
+    spans: dict[str, tuple[int, int]] = {}
+    name, waves = "", list[int]()
+    for strategy in candidates:
+        found = strategy(graph)
+        spans[strategy.__name__] = span(graph, found)
+        if not name or spans[strategy.__name__] < spans[name]:
+            name, waves = strategy.__name__, found
+
+        if spans[name][1] <= bound[0] and spans[name][0] <= bound[1]:
+            break
+
     kind = "tasks with dependencies" if graph.after else "conflicts that are not bipartite"
     figures = ", ".join(f"{other} {nbytes} bytes in {count} waves" for other, (nbytes, count) in spans.items())
     return name, waves, f"{kind}: the shortest of {figures}"
@@ -43,8 +53,9 @@ def auto(graph: TaskGraph) -> list[int]:
     Pick by what the tasks are, else by trying.
 
     One-to-one tasks over a bipartite graph go to :func:`edge_coloring`, or to :func:`balanced` when they differ in
-    size: both have the fewest waves there are. For anything else the result with the smallest sum of largest tasks is
-    kept, then with the fewest waves. The schedule tells which strategy it was and why.
+    size: both have the fewest waves there are. For anything else several are tried, until one meets its bounds; the
+    result with the smallest sum of largest tasks is kept, then with the fewest waves. The schedule tells which strategy
+    it was and why.
     """
     return choose(graph)[1]
 
