@@ -98,3 +98,307 @@ def test_the_parameters_expected_are_those_vllm_builds(name):
         live = shards_of(buffers_like(dump), config, rank)
         pure = vllm.layout(config, rank)
         assert sorted(describe(live).pieces, key=repr) == sorted(pure.pieces, key=repr)
+
+
+def loaded_engine(case):
+    """Return a case's engine as vLLM's loader left it: buffers and shards, rank by rank."""
+    config = ModelConfig.from_dict(case["config"])
+    buffers = [buffers_like(dump) for dump in case["ranks"]]
+    held = [shards_of(own, config, rank) for own, rank in zip(buffers, ranks_of(case), strict=True)]
+    move([whole(config)], held)
+    return buffers, held
+
+
+@pytest.mark.parametrize(
+    ("source", "destination"),
+    [
+        ("qwen3_moe tp4, two kv heads", "qwen3_moe tp2 dp2 ep"),
+        ("qwen3_moe tp2 dp2 ep", "qwen3_moe tp4, two kv heads"),
+        ("qwen3_moe tp2 dp2", "qwen3_moe tp2 dp2 ep"),
+        ("mixtral tp4 ep", "mixtral tp2"),
+        ("deepseek_v3 tp2 dp2 ep", "deepseek_v3 tp2"),
+        ("deepseek_v3 tp2", "deepseek_v3 tp2 dp2 ep"),
+    ],
+)
+def test_one_engine_can_feed_another_of_a_different_shape(source, destination):
+    _, held = loaded_engine(GOLDEN[source])
+    config = ModelConfig.from_dict(GOLDEN[destination]["config"])
+    engine = [buffers_like(dump) for dump in GOLDEN[destination]["ranks"]]
+    ranks = ranks_of(GOLDEN[destination])
+    move(held, [shards_of(own, config, rank) for own, rank in zip(engine, ranks, strict=True)])
+    for own, dump in zip(engine, GOLDEN[destination]["ranks"], strict=True):
+        assert hashes(own) == {name: digest for name, (_, _, digest) in dump.items()}
+
+
+def test_a_sync_leaves_the_padding_of_the_vocabulary_alone():
+    case = GOLDEN["qwen2 tp4, two kv heads, tied, a rank without vocabulary"]
+    config = ModelConfig.from_dict(case["config"])
+    engine = [buffers_like(dump, fill=7) for dump in case["ranks"]]
+    move([whole(config)], [shards_of(own, config, rank) for own, rank in zip(engine, ranks_of(case), strict=True)])
+    embeddings = [own["model.embed_tokens.weight"] for own in engine]
+    # 70 rows padded to 128 are 32 a rank: 32, 32, 6 and none.
+    assert [int((rows != 7).any(dim=1).sum()) for rows in embeddings] == [32, 32, 6, 0]
+    assert (embeddings[2][6:] == 7).all()
+    assert (embeddings[3] == 7).all()
+
+
+# Exact places on small sizes of our own.
+
+TINY = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 10,
+    "hidden_size": 6,
+    "intermediate_size": 12,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 2,
+    "num_experts": 5,
+    "moe_intermediate_size": 8,
+}
+DEEPSEEK = GOLDEN["deepseek_v3 tp2"]["config"]
+
+
+def slots(config, name, rank, fmt=vllm.VLLM):
+    """Return a parameter's slots as (end of the logical name, offset, extent, start in the parameter)."""
+    found = {claim.name: claim for claim in vllm.parameters(config, rank, fmt=fmt)}[name]
+    return [(slot.tensor.split("layers.0.")[-1], slot.box.offset, slot.box.extent, slot.start) for slot in found.slots]
+
+
+def test_merged_heads_repeat_key_heads_where_there_are_fewer_than_ranks():
+    config = ModelConfig.from_dict(TINY)
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    assert slots(config, name, EngineRank(tp_rank=1, tp_size=2)) == [
+        ("self_attn.q_proj.weight", (8, 0), (8, 6), (0, 0)),
+        ("self_attn.k_proj.weight", (4, 0), (4, 6), (8, 0)),
+        ("self_attn.v_proj.weight", (4, 0), (4, 6), (12, 0)),
+    ]
+    assert slots(config, name, EngineRank(tp_rank=5, tp_size=8)) == [
+        ("self_attn.q_proj.weight", (10, 0), (2, 6), (0, 0)),
+        ("self_attn.k_proj.weight", (4, 0), (2, 6), (2, 0)),
+        ("self_attn.v_proj.weight", (4, 0), (2, 6), (4, 0)),
+    ]
+
+
+@pytest.mark.parametrize(("gate_first", "gate_at", "up_at"), [(True, 0, 4), (False, 4, 0)])
+def test_an_expert_is_a_slice_of_two_parameters(gate_first, gate_at, up_at):
+    config, rank = ModelConfig.from_dict(TINY), EngineRank(tp_rank=1, tp_size=2)
+    fmt = EngineFormat(gate_first=gate_first)
+    w13 = slots(config, "model.layers.0.mlp.experts.routed_experts.w13_weight", rank, fmt)
+    assert w13[6:8] == [
+        ("mlp.experts.3.gate_proj.weight", (4, 0), (4, 6), (3, gate_at, 0)),
+        ("mlp.experts.3.up_proj.weight", (4, 0), (4, 6), (3, up_at, 0)),
+    ]
+    assert slots(config, "model.layers.0.mlp.experts.routed_experts.w2_weight", rank, fmt)[3] == (
+        "mlp.experts.3.down_proj.weight",
+        (0, 4),
+        (6, 4),
+        (3, 0, 0),
+    )
+
+
+def held_experts(config, rank, fmt=vllm.VLLM):
+    w2 = slots(config, "model.layers.0.mlp.experts.routed_experts.w2_weight", rank, fmt)
+    return [int(tensor.split(".")[2]) for tensor, *_ in w2]
+
+
+def test_experts_go_to_the_ranks_of_all_engines_copies():
+    config = ModelConfig.from_dict(TINY)
+    ranks = [EngineRank(tp, 2, dp_rank=dp, dp_size=2, expert_parallel=True) for dp in range(2) for tp in range(2)]
+    assert [held_experts(config, rank) for rank in ranks] == [[0, 1], [2], [3], [4]]
+    spread = EngineFormat(expert_placement="round_robin")
+    assert [held_experts(config, rank, spread) for rank in ranks] == [[0, 4], [1], [2], [3]]
+
+
+def test_an_engine_that_balances_its_experts_says_where_they_are():
+    config = ModelConfig.from_dict({**TINY, "num_hidden_layers": 1})
+    # Six slots for five experts: the third is on both ranks.
+    placed = [EngineFormat(expert_slots={0: (4, 0, 2)}), EngineFormat(expert_slots={0: (2, 3, 1)})]
+    ranks = [EngineRank(tp, 2, expert_parallel=True) for tp in range(2)]
+    engine = [buffers_for(config, rank, fmt) for rank, fmt in zip(ranks, placed, strict=True)]
+    move(
+        [whole(config)],
+        [shards_of(own, config, rank, fmt=fmt) for own, rank, fmt in zip(engine, ranks, placed, strict=True)],
+    )
+    weights = known_checkpoint(config)
+    for own, fmt in zip(engine, placed, strict=True):
+        for slot, expert in enumerate(fmt.expert_slots[0]):
+            wanted = weights[f"model.layers.0.mlp.experts.{expert}.down_proj.weight"]
+            assert torch.equal(own["model.layers.0.mlp.experts.routed_experts.w2_weight"][slot], wanted)
+
+    with pytest.raises(ConfigError, match=r"expert_slots of layer 0 name \[5\], of 5 experts"):
+        vllm.parameters(config, ranks[0], fmt=EngineFormat(expert_slots={0: (0, 5)}))
+
+
+@pytest.mark.parametrize(
+    ("pp_size", "counts"), [(1, [7]), (2, [4, 3]), (3, [2, 3, 2]), (4, [2, 2, 2, 1]), (5, [1, 1, 2, 2, 1])]
+)
+def test_layers_left_over_go_to_the_last_stages_but_one(pp_size, counts):
+    config = ModelConfig.from_dict(TINY)
+    ranks = [EngineRank(pp_rank=rank, pp_size=pp_size) for rank in range(pp_size)]
+    names = [[claim.name.split(".") for claim in vllm.parameters(config, rank)] for rank in ranks]
+    assert [len({words[2] for words in held if words[1] == "layers"}) for held in names] == counts
+
+
+def test_stages_can_be_given_their_layers():
+    config = ModelConfig.from_dict(TINY)
+    fmt = EngineFormat(pp_layers=(5, 2))
+    names = [claim.name for claim in vllm.parameters(config, EngineRank(pp_rank=1, pp_size=2), fmt=fmt)]
+    assert {name.split(".")[2] for name in names if "layers" in name} == {"5", "6"}
+    with pytest.raises(ConfigError, match=r"pp_layers=\(5, 1\) are not pp_size=2 stages of 7 layers together"):
+        vllm.parameters(config, EngineRank(pp_size=2), fmt=EngineFormat(pp_layers=(5, 1)))
+
+
+@settings(max_examples=40)
+@given(
+    mapping=st.sampled_from([GOLDEN[name]["config"] for name in sorted(GOLDEN)]),
+    tp=st.sampled_from([1, 2, 4, 8]),
+    pp=st.integers(1, 3),
+    dp=st.sampled_from([1, 2]),
+    ep=st.booleans(),
+)
+def test_the_ranks_of_an_engine_hold_the_whole_model_between_them(mapping, tp, pp, dp, ep):
+    config = ModelConfig.from_dict(mapping)
+    engine = [
+        vllm.layout(config, EngineRank(t, tp, p, pp, d, dp, ep))
+        for d in range(dp)
+        for p in range(pp)
+        for t in range(tp)
+    ]
+    one = [describe(whole(config))]
+    # The planner raises for an element that nobody holds. Biases that vLLM has no parameter for are lost.
+    lost = [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(config.num_layers)]
+    plan_reshard(engine, one, allow_missing=lost if config.family == "qwen3" and config.o_bias else ())
+    plan_reshard(one, engine)
+
+
+# Other versions and engines of the make.
+
+
+def test_names_of_other_versions_and_of_wrapped_layers_are_understood():
+    config, rank = ModelConfig.from_dict(DEEPSEEK), EngineRank(tp_rank=1, tp_size=2)
+    engine = buffers_for(config, rank)
+    respelled = {
+        name.replace(".routed_experts.", ".")
+        .replace(".kv_b_proj.", ".kv_b_proj.base_layer.")
+        .replace(".fused_qkv_a_proj.", ".fused_qkv_a_proj_with_mqa."): buffer
+        for name, buffer in engine.items()
+    }
+    assert respelled.keys() != engine.keys()
+    move([whole(config)], [shards_of(respelled, config, rank)])
+    dump = GOLDEN["deepseek_v3 tp2"]["ranks"][1]
+    assert hashes(engine) == {name: digest for name, (_, _, digest) in dump.items()}
+
+
+def test_compressing_projections_may_stand_apart():
+    config, rank = ModelConfig.from_dict(DEEPSEEK), EngineRank()
+    engine = buffers_for(config, rank)
+    for layer in range(2):
+        fused = engine.pop(f"model.layers.{layer}.self_attn.fused_qkv_a_proj.weight")
+        engine[f"model.layers.{layer}.self_attn.q_a_proj.weight"] = fused[:24].clone()
+        engine[f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight"] = fused[24:].clone()
+
+    move([whole(config)], [shards_of(engine, config, rank)])
+    for name in ("q_a_proj", "kv_a_proj_with_mqa"):
+        name = f"model.layers.1.self_attn.{name}.weight"
+        assert torch.equal(engine[name], known_checkpoint(config)[name])
+
+
+def test_a_head_of_its_own_gets_the_embedding_it_is_tied_to():
+    case = GOLDEN["qwen2 tp4, two kv heads, tied, a rank without vocabulary"]
+    config, rank = ModelConfig.from_dict(case["config"]), EngineRank(tp_rank=2, tp_size=4)
+    engine = buffers_for(config, rank)
+    engine["lm_head.weight"] = torch.zeros_like(engine["model.embed_tokens.weight"])
+    move([whole(config)], [shards_of(engine, config, rank)])
+    assert torch.equal(engine["lm_head.weight"], engine["model.embed_tokens.weight"])
+    assert engine["lm_head.weight"][:6].any()
+
+
+def test_a_last_stage_may_hold_the_tied_embedding_as_its_head_only():
+    case = GOLDEN["llama tp2 pp2, tied, three layers"]
+    config, rank = ModelConfig.from_dict(case["config"]), EngineRank(0, 2, 1, 2)
+    engine = buffers_for(config, rank)
+    engine["lm_head.weight"] = engine.pop("model.embed_tokens.weight")
+    assert "model.embed_tokens.weight" in {shard.name for shard in shards_of(engine, config, rank)}
+    engine.pop("lm_head.weight")
+    with pytest.raises(LayoutError, match=r"model.embed_tokens.weight of shape \(64, 64\) is missing"):
+        shards_of(engine, config, rank)
+
+
+def test_stages_need_not_hold_what_they_never_use():
+    config, rank = ModelConfig.from_dict(TINY), EngineRank(pp_rank=1, pp_size=3)
+    engine = buffers_for(config, rank)
+    spare = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert spare <= engine.keys()
+    lean = {name: buffer for name, buffer in engine.items() if name not in spare}
+    assert len(shards_of(engine, config, rank)) == len(shards_of(lean, config, rank)) + 3
+
+
+# Claims that are wrong.
+
+
+def test_live_parameters_that_differ_are_named_with_both_shapes():
+    config = ModelConfig.from_dict(TINY)
+    engine = buffers_for(config, EngineRank(0, 2))
+    engine["model.layers.0.mlp.experts.routed_experts.w13_weight"] = torch.zeros(5, 16, 6)
+    engine["model.layers.0.self_attn.qkv_proj.weight_scale_inv"] = torch.zeros(1, 1)
+    engine.pop("model.layers.3.mlp.gate.weight")
+    with pytest.raises(LayoutError) as caught:
+        shards_of(engine, config, EngineRank(0, 2))
+
+    assert str(caught.value) == (
+        "the engine's parameters are not those of this qwen3_moe model on rank tp 0/2, pp 0/1, dp 0/1, not expert "
+        "parallel: model.layers.0.mlp.experts.routed_experts.w13_weight has shape (5, 16, 6) where (5, 8, 6) is "
+        "expected; model.layers.0.self_attn.qkv_proj.weight_scale_inv of shape (1, 1) is none of the model's; "
+        "model.layers.3.mlp.gate.weight of shape (5, 6) is missing"
+    )
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        EngineRank(),
+        EngineRank(0, 2),
+        EngineRank(0, 4, expert_parallel=True),
+        EngineRank(0, 2, dp_size=2),
+        EngineRank(0, 4, pp_size=2),
+    ],
+)
+def test_a_wrong_claim_of_the_parallel_sizes_is_refused(claimed):
+    case = GOLDEN["qwen3_moe tp4, two kv heads"]
+    config = ModelConfig.from_dict(case["config"])
+    with pytest.raises(LayoutError, match="the engine's parameters are not those of this qwen3_moe model"):
+        shards_of(buffers_like(case["ranks"][0]), config, claimed)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank", "message"),
+    [
+        ({}, EngineRank(tp_size=3), "tp_size=3 does not divide the padded vocabulary=64"),
+        ({}, EngineRank(pp_rank=1, pp_size=3, tp_size=16), "tp_size=16 does not divide num_attention_heads=8"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 6},
+            EngineRank(tp_size=4),
+            "tp_size=4 does not divide num_key_value_heads=6",
+        ),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 3},
+            EngineRank(tp_size=4),
+            "num_key_value_heads=3 does not divide tp_size=4",
+        ),
+        ({"moe_intermediate_size": 5}, EngineRank(tp_size=2), r"tp_size \* dp_size=2 does not divide .* an expert=5"),
+        (
+            {"mlp_only_layers": [0], "intermediate_size": 9},
+            EngineRank(tp_size=2),
+            "tp_size=2 does not divide .*gate_proj.weight=9",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named(sizes, rank, message):
+    with pytest.raises(ConfigError, match=message):
+        vllm.parameters(ModelConfig.from_dict({**TINY, **sizes}), rank)
+
+
+def test_a_rank_outside_its_size_is_refused():
+    with pytest.raises(ConfigError, match="tp_rank=2 is not in an engine of tp_size=2"):
+        EngineRank(tp_rank=2, tp_size=2)
