@@ -20,7 +20,7 @@ from wavecast.runtime.layout.megatron.modules import (
 )
 from wavecast.runtime.layout.megatron.names import Catalogue, LayerNames, MlpNames
 from wavecast.runtime.layout.megatron.parameters import Held, Parameters
-from wavecast.runtime.layout.megatron.runs import Run, gated, query_groups, window
+from wavecast.runtime.layout.megatron.runs import Run, gated, query_groups
 
 __all__ = ("LayerReader",)
 
@@ -201,7 +201,7 @@ class LayerReader:
         block: int | None = None,
     ) -> None:
         """Add a ``linear_fc1``: the same rows of gate and up."""
-        start, stop = _part_of(held, 2 * width, ranks)
+        start, stop = held.span(2 * width, ranks)
         start, length = start // 2, (stop - start) // 2
         if block is not None and length % block:
             raise LayoutError(f"{held.path} has {length} rows of gate, which are no blocks of {block}")
@@ -212,9 +212,9 @@ class LayerReader:
     def _column_parallel(self, module: torch.nn.Module, rows: Sequence[Run], ranks: Ranks) -> None:
         """Add a linear module, weight and bias, whose rows tensor parallelism cuts, or leaves whole."""
         weight, bias = self._parameters.need(module, "weight"), self._parameters.claim(module, "bias")
-        self._parameters.add(weight, _window(weight, rows, ranks))
+        self._parameters.add_part(weight, rows, ranks)
         if bias is not None:
-            self._parameters.add(bias, _window(bias, rows, ranks), suffix=".bias")
+            self._parameters.add_part(bias, rows, ranks, suffix=".bias")
 
     def _row_parallel(self, module: torch.nn.Module, columns: Run, ranks: Ranks) -> None:
         """Add a linear module whose columns are cut; its bias is added once, after the sum, and so is whole."""
@@ -224,7 +224,7 @@ class LayerReader:
             self._parameters.add_whole(bias, f"{columns.name}.bias")
 
     def _columns(self, held: Held, columns: Run, ranks: Ranks) -> None:
-        self._parameters.add(held, _window(held, [columns], ranks, dim=1), dim=1)
+        self._parameters.add_part(held, [columns], ranks, dim=1)
 
     def _norm(self, name: str, *places: tuple[torch.nn.Module | None, str]) -> None:
         """Add a norm's weight, which is in a module of its own or fused with the linear module behind it."""
@@ -239,26 +239,6 @@ class LayerReader:
 
 #: Transformer Engine's name for a norm's weight in the linear module that applies it.
 _FUSED = "layer_norm_weight"
-
-
-def _window(held: Held, runs: Sequence[Run], ranks: Ranks, *, dim: int = 0) -> tuple[Run, ...]:
-    """Return which of the whole parameter's ``runs`` are held here."""
-    return window(runs, *_part_of(held, sum(run.length for run in runs), ranks, dim=dim))
-
-
-def _part_of(held: Held, size: int, ranks: Ranks, *, dim: int = 0) -> tuple[int, int]:
-    """Return ``(start, stop)`` of what is held of a dim of ``size``: all of it, or this rank's equal part."""
-    index, count = ranks
-    length = held.shape[dim]
-    if length == size:
-        return 0, size
-
-    if length * count != size:
-        raise LayoutError(
-            f"{held.path} has the shape {held.shape}: dim {dim} is neither {size} nor one of {count} parts of it"
-        )
-
-    return index * length, (index + 1) * length
 
 
 def _block(module: torch.nn.Module, name: str) -> int | None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from wavecast.runtime.errors import LayoutError
-from wavecast.runtime.layout.megatron.runs import Run
+from wavecast.runtime.layout.megatron.modules import Ranks
+from wavecast.runtime.layout.megatron.runs import Run, window
 from wavecast.runtime.layout.shard import Computed, Shard
 from wavecast.runtime.layout.views import elements
 
@@ -34,6 +35,24 @@ class Held:
     def shape(self) -> tuple[int, ...]:
         """The view's shape."""
         return tuple(self.view.shape)
+
+    def span(self, size: int, ranks: Ranks, *, dim: int = 0) -> tuple[int, int]:
+        """
+        Return ``(start, stop)`` of what this rank holds of a dim of ``size``: all of it, or its equal part.
+
+        :raises LayoutError: when the memory has neither size
+        """
+        index, count = ranks
+        length = self.shape[dim]
+        if length == size:
+            return 0, size
+
+        if length * count != size:
+            raise LayoutError(
+                f"{self.path} has the shape {self.shape}: dim {dim} is neither {size} nor one of {count} parts of it"
+            )
+
+        return index * length, (index + 1) * length
 
     def reshaped(self, *shape: int) -> Held:
         """
@@ -129,6 +148,17 @@ class Parameters:
             self.shards.append(Shard(name, view, offset, shape))
             self._names.add(name)
             at += run.length
+
+    def add_part(self, held: Held, runs: Sequence[Run], ranks: Ranks, *, suffix: str = ".weight", dim: int = 0) -> None:
+        """
+        Add this rank's part of what, on all ranks together, are ``runs`` along ``dim``.
+
+        :raises LayoutError: when ``held`` is neither all of them nor an equal part, or as :meth:`add`
+        """
+        self._names.update(run.name + suffix for run in runs)
+        self.add(
+            held, window(runs, *held.span(sum(run.length for run in runs), ranks, dim=dim)), suffix=suffix, dim=dim
+        )
 
     def add_whole(self, held: Held, name: str, *, one_less: bool = False) -> None:
         """
