@@ -14,6 +14,7 @@ from wavecast.runtime.model import DEFAULT_PRESET, resolve_model
 from wavecast.runtime.plan_job import make_plan, plan_as_json, plan_as_table
 from wavecast.runtime.presets import PRESETS
 from wavecast.scheduler import STRATEGIES, SchedulerError
+from wavecast.scheduler import explain as explain_schedule
 
 __all__ = ("main",)
 
@@ -88,10 +89,12 @@ def plan(
         chunk_bytes=chunk_bytes,
     )
     if as_json:
-        click.echo(json.dumps(plan_as_json(outcome)))
+        click.echo(json.dumps(plan_as_json(outcome, with_waves=explain)))
         return
 
     click.echo(plan_as_table(outcome, f"{checkpoint or preset_name or DEFAULT_PRESET}: {src} -> {replicas} x {dst}"))
+    if explain:
+        click.echo("\n".join(explain_schedule(outcome.schedule).lines()))
 
 
 @cli.command()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar, cast
 
@@ -15,7 +18,17 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 from wavecast.runtime import errors
 from wavecast.runtime.transfer.messages import Abort, Close, Failure, Reply, Request
 
-__all__ = ("ActorHandle", "RayActors", "RayHost", "require_event_loop")
+__all__ = (
+    "ActorHandle",
+    "RayActors",
+    "RayHost",
+    "call_all",
+    "cluster",
+    "cluster_gpus",
+    "end_actors",
+    "require_event_loop",
+    "start_actor",
+)
 
 R = TypeVar("R")
 
@@ -173,6 +186,65 @@ async def _all(calls: Sequence[Awaitable[R]]) -> list[R]:
         raise failures[0]
 
     return [results[index] for index in range(len(calls))]
+
+
+@contextlib.contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """
+    Join the Ray cluster at ``address``, or start one on this machine; leave or stop it when the block ends.
+
+    :raises ConfigError: when there is no cluster at ``address``
+    """
+    # Ray hides the GPUs from an actor that asks for none of them, and warns that it may one day not.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise errors.ConfigError(f"no Ray cluster at {address!r}: {error}") from error
+
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_gpus() -> int:
+    """Return how many GPUs the cluster has."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def start_actor(actor_class: type, *args: object, gpus: float = 0.0) -> ActorHandle:
+    """Start an actor of ``actor_class`` that takes no CPU and ``gpus`` of a GPU from Ray's count."""
+    return ray.remote(actor_class).options(num_cpus=0, num_gpus=gpus).remote(*args)
+
+
+async def call_all(actors: Sequence[ActorHandle], method: str, *args: object) -> list[object]:
+    """
+    Call a method of the actors' own on all of them at once, and return what they return.
+
+    :raises ActorDied: when an actor is gone
+    :raises ActorFailed: when the method raised; both name the actor by its place in the list
+    """
+    refs = [getattr(actor, method).remote(*args) for actor in actors]
+    results: list[object] = []
+    for index, ref in enumerate(refs):
+        try:
+            results.append(await ref)
+        except RayError as error:
+            raise _from_ray(error, index) from error
+
+    return results
+
+
+def end_actors(actors: Sequence[ActorHandle]) -> None:
+    """Kill the actors."""
+    for actor in actors:
+        ray.kill(cast("ray.actor.ActorHandle[object]", actor))
 
 
 def _request_method(handle: ActorHandle) -> _RemoteMethod:

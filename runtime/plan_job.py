@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from wavecast.runtime.layout.config import ModelConfig
@@ -11,7 +11,7 @@ from wavecast.runtime.model import Sides, as_table, describe_sides
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
 from wavecast.runtime.plan.tasks import build_tasks
-from wavecast.scheduler import Schedule, plan_waves, verify
+from wavecast.scheduler import Schedule, explain, plan_waves, verify
 
 __all__ = ("PlanOutcome", "make_plan", "plan_as_json", "plan_as_table", "gigabytes")
 
@@ -64,8 +64,8 @@ def make_plan(
     return PlanOutcome(sides, plan, schedule, plan_digest(plan, schedule), seconds)
 
 
-def plan_as_json(outcome: PlanOutcome) -> dict[str, object]:
-    """Return the figures of a plan as JSON values."""
+def plan_as_json(outcome: PlanOutcome, *, with_waves: bool = False) -> dict[str, object]:
+    """Return the figures of a plan as JSON values; ``with_waves`` adds what each wave is under ``explain``."""
     plan, schedule = outcome.plan, outcome.schedule
     return {
         "actors": plan.actors,
@@ -82,6 +82,7 @@ def plan_as_json(outcome: PlanOutcome) -> dict[str, object]:
         "ports": str(schedule.ports),
         "digest": outcome.digest,
         "seconds": outcome.seconds,
+        **({"explain": asdict(explain(schedule))} if with_waves else {}),
     }
 
 

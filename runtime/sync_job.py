@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
 import anyio
-import ray
 import torch
 from tqdm import tqdm
 
-from wavecast.runtime.cluster import ActorHandle
+from wavecast.runtime.cluster import ActorHandle, call_all, cluster, cluster_gpus, end_actors, start_actor
 from wavecast.runtime.demo import DemoActor, Weights
 from wavecast.runtime.errors import ConfigError
 from wavecast.runtime.group import ParameterSyncGroup
 from wavecast.runtime.layout.config import ModelConfig
-from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.model import Sides, as_table, describe_sides
 from wavecast.runtime.model_group import ModelGroup
 from wavecast.runtime.options import SyncOptions
@@ -87,12 +83,10 @@ async def run_sync_job(job: SyncJob) -> SyncOutcome:
         raise ConfigError(f"repeat is {job.repeat}, it must be at least 1")
 
     sides = describe_sides(job.config, src=job.src, dst=job.dst, replicas=job.replicas, dtype=job.dtype)
-    with _cluster(job.address):
-        async with _actors(job, sides) as (trainers, engines):
-            source = ModelGroup("policy", [trainers])
-            destination = ModelGroup("rollout", engines)
-            async with ParameterSyncGroup(source, destination, job.options) as group:
-                return await _repeat(job, sides, group, trainers, [actor for replica in engines for actor in replica])
+    with cluster(job.address), _actors(job, sides) as (trainers, engines):
+        group = ParameterSyncGroup(ModelGroup("policy", [trainers]), ModelGroup("rollout", engines), job.options)
+        async with group:
+            return await _repeat(job, sides, group, trainers, [actor for replica in engines for actor in replica])
 
 
 async def _repeat(
@@ -105,15 +99,15 @@ async def _repeat(
     reports: list[SyncReport] = []
     differing: dict[str, int] = {}
     compare_seconds = 0.0
-    await _call_all(engines, "spoil")
+    await call_all(engines, "spoil")
     for step in range(job.repeat):
-        await _call_all(trainers, "fill", step)
+        await call_all(trainers, "fill", step)
         with _progress(f"sync {step + 1}/{job.repeat}") as tick:
             reports.append(await group.sync(step, progress=tick))
 
         start = time.perf_counter()
-        for found in await _call_all(engines, "differing", step):
-            for name, count in found.items():
+        for found in await call_all(engines, "differing", step):
+            for name, count in cast("dict[str, int]", found).items():
                 differing[name] = differing.get(name, 0) + count
 
         compare_seconds += time.perf_counter() - start
@@ -133,49 +127,20 @@ def _progress(title: str) -> Iterator[Callable[[TaskReceipt], None]]:
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """Join the cluster at ``address``, or have one of our own until the block ends."""
-    # Ray would hide the GPUs from an actor that asks for none of them, and warns that it may one day not.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        if address is None:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-        else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"no Ray cluster at {address!r}: {error}") from error
-
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.asynccontextmanager
-async def _actors(job: SyncJob, sides: Sides) -> AsyncIterator[tuple[list[ActorHandle], list[list[ActorHandle]]]]:
+def _actors(job: SyncJob, sides: Sides) -> Iterator[tuple[list[ActorHandle], list[list[ActorHandle]]]]:
     """Start one actor a rank; kill them all when the block ends."""
     weights = Weights(job.seed, job.checkpoint)
     total = len(sides.sources) + len(sides.destinations)
     device = _choose_device(job.device)
     gpus = _gpu_share(total) if device == "cuda" else 0.0
-    actor_class = ray.remote(DemoActor)
-
-    def start(layout: Layout) -> ActorHandle:
-        return actor_class.options(num_cpus=0, num_gpus=gpus).remote(layout, weights, device)
-
-    trainers = [start(layout) for layout in sides.sources]
-    engines = [[start(layout) for layout in replica] for replica in sides.replicas]
+    trainers = [start_actor(DemoActor, layout, weights, device, gpus=gpus) for layout in sides.sources]
+    engines = [
+        [start_actor(DemoActor, layout, weights, device, gpus=gpus) for layout in replica] for replica in sides.replicas
+    ]
     try:
         yield trainers, engines
     finally:
-        for actor in (*trainers, *(actor for replica in engines for actor in replica)):
-            ray.kill(cast("ray.actor.ActorHandle[DemoActor]", actor))
-
-
-async def _call_all(actors: Sequence[ActorHandle], method: str, *args: object) -> list[dict[str, int]]:
-    """Call a method of the demo's own on all actors at once."""
-    refs = [getattr(actor, method).remote(*args) for actor in actors]
-    return [await ref for ref in refs]
+        end_actors([*trainers, *(actor for replica in engines for actor in replica)])
 
 
 def _choose_device(wanted: str) -> str:
@@ -187,7 +152,7 @@ def _choose_device(wanted: str) -> str:
 
 def _gpu_share(actors: int) -> float:
     """Return the share of a GPU an actor takes: one each while they last, else an equal part that packs them all."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus = cluster_gpus()
     if gpus == 0:
         raise ConfigError("the cluster has no GPU to give to actors")
 

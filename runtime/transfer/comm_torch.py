@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -19,6 +20,8 @@ __all__ = ("Rendezvous", "GlooCommunicator", "NcclCommunicator", "host_store", "
 
 #: How long a poll of a CUDA event sleeps: well below a bucket's time on the wire, well above a spin.
 _POLL_SECONDS = 50e-6
+
+_environment = threading.Lock()
 
 
 class Rendezvous:
@@ -315,16 +318,18 @@ def _unwatched() -> Iterator[None]:
     own groups keep their setting, which is read when a group is made.
     """
     names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING", "TORCH_NCCL_BLOCKING_WAIT")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "0"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    # One thread at a time: another would take the settings of this one for the user's own.
+    with _environment:
+        before = {name: os.environ.get(name) for name in names}
+        os.environ.update(dict.fromkeys(names, "0"))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 @contextlib.contextmanager
