@@ -1,0 +1,194 @@
+"""
+Shards of live Transformers modules, under the names of their checkpoints.
+
+A module is not always its checkpoint: since Transformers 5 the experts of a layer are stacked in two parameters
+(``experts.gate_up_proj`` of shape (experts, 2 x width, hidden) with gate above up, ``experts.down_proj`` of shape
+(experts, hidden, width)), and Mixtral's block is called ``mlp``. Version 4.57 keeps experts apart, under the
+checkpoint's names. Both come out as the same logical tensors, as views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import get_args
+
+import torch
+
+from wavecast.runtime.errors import LayoutError
+from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.config import Family, ModelConfig, MoeConfig
+from wavecast.runtime.layout.hf import LogicalTensor, logical_tensors
+from wavecast.runtime.layout.shard import Computed, Shard
+
+__all__ = ("checkpoint_shards", "shards")
+
+#: What torch's own wrappers put into the names of what they wrap.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+#: Every ``model_type`` of a known family.
+_MODEL_TYPES = (*get_args(Family), "kimi_k2")
+
+_GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"
+
+
+def shards(
+    model: torch.nn.Module | Mapping[str, torch.Tensor], config: ModelConfig | None = None, *, buffers: bool = True
+) -> list[Shard]:
+    """
+    Return the shards of an unsharded module: every parameter whole, in the order of its state dict.
+
+    :param model: a Transformers module, or a state dict
+    :param config: of the model; left out, a module's own ``config`` is read. Without one, or for an architecture
+        unknown here, tensors keep the module's names and shapes, and of those that share memory only the first is given
+    :param buffers: give a module's persistent buffers too, such as the bias on DeepSeek's router scores
+    :raises LayoutError: for a tensor that is distributed, or whose shape is not the one that ``config`` leads to
+    :raises ConfigError: for a module's own configuration of a known type that cannot be read
+    """
+    tensors = _state(model, buffers=buffers)
+    whole = [Shard(name, view, (0,) * view.dim(), tuple(view.shape)) for name, view in tensors.items()]
+    known = config if config is not None else _own_config(model)
+    return list(_without_copies(whole)) if known is None else checkpoint_shards(whole, known)
+
+
+def checkpoint_shards(shards: Iterable[Shard], config: ModelConfig) -> list[Shard]:
+    """
+    Return shards of a Transformers module's own tensors as shards of its checkpoint's.
+
+    Renames, parts stacked experts, and takes a tied head for the embedding that it is (given once where the two share
+    memory). Tensors unknown to ``config`` stay as they are. For adapters that know how a module is spread but not what
+    its tensors are called on disk: shards of a DTensor cut along any dim are parted as whole ones are.
+
+    :raises LayoutError: for a logical tensor whose shape is not the one that ``config`` leads to
+    """
+    logical = {tensor.name: tensor for tensor in logical_tensors(config)}
+    parted = (part for shard in shards for part in _part(_renamed(shard, config), config))
+    found: dict[tuple[object, ...], Shard] = {}
+    for shard in parted:
+        _check_shape(shard, logical)
+        found.setdefault((shard.name, *_memory(shard)), shard)
+
+    return list(found.values())
+
+
+def _state(model: torch.nn.Module | Mapping[str, torch.Tensor], *, buffers: bool) -> dict[str, torch.Tensor]:
+    if isinstance(model, torch.nn.Module):
+        state: Mapping[str, object] = model.state_dict(keep_vars=True)
+        if not buffers:
+            owned = dict(model.named_parameters(remove_duplicate=False))
+            state = {name: tensor for name, tensor in state.items() if name in owned}
+    else:
+        state = model
+
+    tensors = {name: tensor.detach() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "device_mesh"):
+            raise LayoutError(
+                f"{name} is distributed over a device mesh: its shards are the dtensor adapter's", tensor=name
+            )
+
+    return tensors
+
+
+def _own_config(model: object) -> ModelConfig | None:
+    """Read a module's configuration, if it has one of a type known here."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    mapping = dict(to_dict()) if to_dict is not None else {}
+    if mapping.get("model_type") not in _MODEL_TYPES:
+        return None
+
+    # The tensors follow the type; an architecture may be the class of another head on the same decoder.
+    mapping.pop("architectures", None)
+    # Transformers 5 has one name for the number of experts, files have the family's.
+    mapping.setdefault("num_experts", mapping.get("num_local_experts"))
+    return ModelConfig.from_dict(mapping)
+
+
+def _renamed(shard: Shard, config: ModelConfig) -> Shard:
+    name = shard.name
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+
+    if config.family == "mixtral":
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        name = "model.embed_tokens.weight"
+
+    return shard if name == shard.name else Shard(name, shard.view, shard.offset, shard.global_shape)
+
+
+def _part(shard: Shard, config: ModelConfig) -> Iterator[Shard]:
+    """Yield a shard of stacked experts expert by expert, gate and up apart; any other as it is."""
+    moe = config.moe
+    if moe is None or len(shard.global_shape) != 3 or not shard.name.endswith((_GATE_UP, _DOWN)):
+        yield shard
+        return
+
+    first, start, column = shard.offset
+    experts, rows, _ = shard.view.shape
+    shape = _stacked_shape(shard, config, moe)
+    for index in range(experts):
+        for projection, low, high in _projections(shard, config, moe):
+            a, b = max(start, low), min(start + rows, high)
+            if a < b:
+                name = f"{shard.name.rpartition('.')[0]}.{first + index}.{projection}.weight"
+                view = _rows(shard.view, index, a - start, b - a)
+                yield Shard(name, view, (a - low, column), (high - low, shape[2]))
+
+
+def _stacked_shape(shard: Shard, config: ModelConfig, moe: MoeConfig) -> tuple[int, ...]:
+    wide = (moe.num_experts, 2 * moe.intermediate_size, config.hidden_size)
+    shape = wide if shard.name.endswith(_GATE_UP) else (moe.num_experts, config.hidden_size, moe.intermediate_size)
+    if shard.global_shape != shape:
+        raise LayoutError(
+            f"{shard.name} has shape {shard.global_shape} where the configuration leads to {shape}", tensor=shard.name
+        )
+
+    return shape
+
+
+def _projections(shard: Shard, config: ModelConfig, moe: MoeConfig) -> tuple[tuple[str, int, int], ...]:
+    """Return the logical tensors of one expert in a stacked parameter, with first row and row behind the last."""
+    mixtral, width = config.family == "mixtral", moe.intermediate_size
+    if shard.name.endswith(_DOWN):
+        return (("w2" if mixtral else "down_proj", 0, config.hidden_size),)
+
+    gate, up = ("w1", "w3") if mixtral else ("gate_proj", "up_proj")
+    return ((gate, 0, width), (up, width, 2 * width))
+
+
+def _rows(view: torch.Tensor | Computed, expert: int, start: int, rows: int) -> torch.Tensor | Computed:
+    if isinstance(view, torch.Tensor):
+        return view[expert].narrow(0, start, rows)
+
+    def read(box: Box) -> torch.Tensor:
+        return view.read(Box((expert, start + box.offset[0], box.offset[1]), (1, *box.extent)))[0]
+
+    return Computed((rows, view.shape[2]), view.dtype, view.device, read)
+
+
+def _check_shape(shard: Shard, logical: Mapping[str, LogicalTensor]) -> None:
+    tensor = logical.get(shard.name)
+    if tensor is not None and tensor.shape != shard.global_shape:
+        raise LayoutError(
+            f"{shard.name} has shape {shard.global_shape} where the configuration leads to {tensor.shape}",
+            tensor=shard.name,
+        )
+
+
+def _without_copies(shards: Iterable[Shard]) -> Iterator[Shard]:
+    seen: set[tuple[object, ...]] = set()
+    for shard in shards:
+        memory = _memory(shard)
+        if memory not in seen:
+            seen.add(memory)
+            yield shard
+
+
+def _memory(shard: Shard) -> tuple[object, ...]:
+    """Return what tells a shard's memory from any other's."""
+    view = shard.view
+    if isinstance(view, torch.Tensor) and view.numel() and not view.is_meta:
+        return (view.data_ptr(), view.dtype, view.stride(), shard.offset, tuple(view.shape))
+
+    return (id(shard),)
