@@ -11,13 +11,14 @@ import random
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 
-from wavecast.scheduler.bounds import lower_bound
+from wavecast.scheduler.bounds import lower_bound, uncut_nbytes
+from wavecast.scheduler.greedy import close_gaps, first_wave, greedy, span
 from wavecast.scheduler.konig import color_bipartite, is_bipartite
 from wavecast.scheduler.ports import TaskGraph
-from wavecast.scheduler.search import reduce_waves
+from wavecast.scheduler.search import reduce_waves, repack_waves, sort_sizes
 from wavecast.scheduler.table import WaveTable
 
-__all__ = ("Strategy", "first_fit", "largest_first", "dsatur", "edge_coloring", "balanced", "span", "close_gaps")
+__all__ = ("Strategy", "first_fit", "largest_first", "dsatur", "edge_coloring", "balanced")
 
 Strategy = Callable[[TaskGraph], list[int]]
 """
@@ -25,9 +26,10 @@ Return the wave of each task, by position: no port twice in a wave, and every ta
 after. Waves may be left empty; the caller closes the gaps.
 """
 
-# Steps of local search that a strategy may take: about half a second.
-_REDUCE_STEPS = 2_000_000
-# Up to so many tasks more than one order of placing them is tried.
+# Steps of local search that a strategy may take: about half a second each.
+_REDUCE_STEPS = 1_000_000
+_SORT_STEPS = 500_000
+# Up to so many tasks more than one order of placing them is tried, and sizes are sorted.
 _SEARCH_TASKS = 20_000
 # Above so many tasks, some of them one-to-many, exchanges gain too little for their time.
 _EXCHANGE_TASKS = 50_000
@@ -95,7 +97,7 @@ def dsatur(graph: TaskGraph) -> list[int]:
         if waves[task] >= 0 or -saturation != taken[task].bit_count():
             continue  # placed already, or listed again since with more waves taken
 
-        wave = _first_wave(graph, waves, task, taken[task])
+        wave = first_wave(graph, waves, task, taken[task])
         waves[task] = wave
         bit = 1 << wave
         for port in graph.ports[task]:
@@ -122,7 +124,7 @@ def edge_coloring(graph: TaskGraph) -> list[int]:
 
     Elsewhere (one-to-many tasks; actors that both send and receive in the half model) that many waves may not exist,
     and finding the fewest is NP-hard. Tasks are then placed with exchanges of two waves along Kempe chains, and a local
-    search of at most about half a second tries to do with fewer. Never more waves than :func:`largest_first`.
+    search of at most about half a second tries to do with fewer. Never more than first fit by falling number of ports.
 
     With dependencies: the best of :func:`first_fit`, which keeps a relay's rounds, :func:`largest_first`, and colouring
     all tasks of equal depth together, one depth after another.
@@ -139,25 +141,33 @@ def edge_coloring(graph: TaskGraph) -> list[int]:
 
 def balanced(graph: TaskGraph) -> list[int]:
     """
-    Waves of tasks alike in size, the longest first, and no more of them than :func:`edge_coloring` where that is
-    optimal.
+    As few waves as :func:`edge_coloring`, of tasks alike in size, the longest first.
 
-    Tasks are coloured in order of falling bytes, each in the first wave it can go to: by first fit, and by exchanges
-    where that takes too many waves. On bipartite graphs the sum of the waves' largest tasks then comes close to
-    :func:`~wavecast.scheduler.bounds.uncut_nbytes`, mostly reaching it; to minimise it is NP-hard even there. Elsewhere
-    the colouring with the smaller sum is kept. With dependencies: :func:`edge_coloring`. Near-linear.
+    Tasks are coloured in order of falling bytes, each in the first wave it can go to; where that is too many waves, by
+    exchanges. Then pairs of waves exchange chains of tasks such that large ones meet
+    (:func:`~wavecast.scheduler.search.sort_sizes`), until the sum of the waves' largest tasks is what no colouring is
+    below (:func:`~wavecast.scheduler.bounds.uncut_nbytes`) or for about half a second. To minimise that sum is NP-hard
+    even on bipartite graphs. With dependencies: :func:`edge_coloring`.
+
+    Where more waves have a smaller sum, they are preferred, except on bipartite graphs.
     """
     if graph.after:
         return edge_coloring(graph)
 
     order = sorted(range(len(graph.ports)), key=lambda task: (-graph.nbytes[task], -len(graph.ports[task])))
-    waves = greedy(graph, order)
-    fewest = lower_bound(graph).waves
-    if max(waves, default=-1) >= fewest:
-        if is_bipartite(graph):
-            waves = color_bipartite(graph, order)
-        else:
-            waves = min(waves, _insert_all(graph, order, fewest), key=lambda waves: span(graph, waves))
+    fewest, shortest = lower_bound(graph).waves, uncut_nbytes(graph)
+    filled = greedy(graph, order)
+    waves = filled
+    if max(filled, default=-1) >= fewest:
+        waves = color_bipartite(graph, order) if is_bipartite(graph) else _color_by_exchange(graph, order)
+
+    waves = close_gaps(waves)
+    if span(graph, waves)[0] > shortest and len(waves) <= _SEARCH_TASKS:
+        steps = min(_SORT_STEPS, 1000 * len(waves))
+        waves = close_gaps(sort_sizes(graph, waves, target=shortest, steps=steps))
+
+    if span(graph, filled) < span(graph, waves) and not is_bipartite(graph):
+        waves = close_gaps(filled)
 
     longest = [0] * (max(waves, default=-1) + 1)
     for task, wave in enumerate(waves):
@@ -166,58 +176,6 @@ def balanced(graph: TaskGraph) -> list[int]:
     rank = sorted(range(len(longest)), key=lambda wave: -longest[wave])
     place = {wave: index for index, wave in enumerate(rank)}
     return [place[wave] for wave in waves]
-
-
-def greedy(graph: TaskGraph, order: Iterable[int]) -> list[int]:
-    """
-    Put each task, in ``order``, in the first wave that has its ports free and comes after those it depends on.
-
-    :param order: every position once, dependencies first
-    """
-    busy = [0] * graph.n_ports  # bit w of busy[p]: wave w has a task on port p
-    waves = [0] * len(graph.ports)
-    for position in order:
-        ports = graph.ports[position]
-        taken = 0
-        for port in ports:
-            taken |= busy[port]
-
-        if graph.after and graph.after[position]:
-            wave = _first_wave(graph, waves, position, taken)
-            bit = 1 << wave
-        else:
-            bit = ~taken & (taken + 1)
-            wave = bit.bit_length() - 1
-
-        for port in ports:
-            busy[port] |= bit
-
-        waves[position] = wave
-
-    return waves
-
-
-def span(graph: TaskGraph, waves: list[int]) -> tuple[int, int]:
-    """Return the sum over the waves of their largest task's bytes, and the number of waves."""
-    longest: dict[int, int] = {}
-    for wave, nbytes in zip(waves, graph.nbytes, strict=True):
-        if nbytes > longest.get(wave, -1):
-            longest[wave] = nbytes
-
-    return sum(longest.values()), len(longest)
-
-
-def close_gaps(waves: list[int]) -> list[int]:
-    """Renumber waves without the empty ones, in the same order."""
-    number = {wave: index for index, wave in enumerate(sorted(set(waves)))}
-    return [number[wave] for wave in waves]
-
-
-def _first_wave(graph: TaskGraph, waves: list[int], position: int, taken: int) -> int:
-    if graph.after and graph.after[position]:
-        taken |= (2 << max(waves[before] for before in graph.after[position])) - 1
-
-    return (~taken & (taken + 1)).bit_length() - 1
 
 
 def _color_by_exchange(graph: TaskGraph, order: Iterable[int]) -> list[int]:
@@ -238,8 +196,21 @@ def _color_by_exchange(graph: TaskGraph, order: Iterable[int]) -> list[int]:
 
         waves = min(waves, _insert_all(graph, ways, fewest), key=lambda waves: max(waves, default=-1))
 
-    steps = min(_REDUCE_STEPS, 5000 * len(waves))
-    return reduce_waves(graph, close_gaps(waves), target=fewest, steps=steps)
+    if max(waves, default=-1) >= fewest:
+        waves = _search(graph, close_gaps(waves), fewest)
+
+    return waves
+
+
+def _search(graph: TaskGraph, waves: list[int], fewest: int) -> list[int]:
+    # Sizes are left to others here: with all of one size, a colouring's sum is its number of waves.
+    alike = TaskGraph(graph.ports, (1,) * len(graph.ports), (), graph.order, graph.port_names)
+    steps = min(_REDUCE_STEPS, 2000 * len(waves))
+    waves = repack_waves(alike, waves, target=(fewest, fewest), steps=steps)
+    if max(waves) >= fewest:
+        waves = reduce_waves(graph, waves, target=fewest, steps=steps)
+
+    return waves
 
 
 def _insert_all(graph: TaskGraph, order: Iterable[int], fewest: int) -> list[int]:

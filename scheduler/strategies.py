@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from wavecast.scheduler.bounds import lower_bound, uncut_nbytes
-from wavecast.scheduler.coloring import Strategy, balanced, dsatur, edge_coloring, first_fit, largest_first, span
+from wavecast.scheduler.coloring import Strategy, balanced, dsatur, edge_coloring, first_fit, largest_first
+from wavecast.scheduler.greedy import span
 from wavecast.scheduler.konig import is_bipartite
 from wavecast.scheduler.ports import TaskGraph
 
