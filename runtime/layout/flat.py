@@ -15,7 +15,7 @@ from wavecast.runtime.layout.views import NameMap, renamed
 if TYPE_CHECKING:
     import torch
 
-__all__ = ("flat_shards", "fsdp1_shards", "zero3_shards")
+__all__ = ("flat_shards", "fsdp1_shards", "zero3_shards", "parameter_shards")
 
 
 class _Tied(Protocol):
@@ -128,13 +128,21 @@ def zero3_shards(module: torch.nn.Module, *, names: NameMap | None = None) -> li
     """
     found: list[Shard] = []
     for path, parameter in module.named_parameters():
-        name = clean_name(path)
-        if isinstance(parameter, _Partitioned):
-            found.extend(_partition_shards(name, parameter))
-        else:
-            found.extend(tensor_shards(name, parameter))
+        found.extend(parameter_shards(clean_name(path), parameter))
 
     return renamed(found, names)
+
+
+def parameter_shards(name: str, parameter: torch.Tensor) -> list[Shard]:
+    """
+    Return what this rank holds of one parameter that ZeRO-3 may have partitioned; else as a DTensor or a plain one.
+
+    :raises LayoutError: as :func:`zero3_shards`
+    """
+    if isinstance(parameter, _Partitioned):
+        return _partition_shards(name, parameter)
+
+    return tensor_shards(name, parameter)
 
 
 def _handle_shards(handle: _Handle, prefix: str) -> list[Shard]:
