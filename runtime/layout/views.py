@@ -13,7 +13,7 @@ from wavecast.runtime.layout.shard import Computed, Shard
 if TYPE_CHECKING:
     import torch
 
-__all__ = ("NameMap", "map_name", "elements", "renamed", "unstacked", "sections", "transposed")
+__all__ = ("NameMap", "map_name", "elements", "missing", "assembled", "renamed", "unstacked", "sections", "transposed")
 
 #: From a module's own name to the logical tensor's, to several (tied weights), or to ``None`` to leave it out. A
 #: mapping leaves names that it lacks as they are.
@@ -45,6 +45,50 @@ def elements(view: torch.Tensor | Computed, box: Box) -> torch.Tensor:
         view = view.narrow(dim, start, length)
 
     return view
+
+
+def missing(shards: Iterable[Shard], box: Box) -> list[Box]:
+    """Return disjoint boxes: what of ``box`` none of ``shards``, all of one tensor, holds."""
+    rest = [box] if box.numel else []
+    for shard in shards:
+        if not rest:
+            break
+
+        rest = [left for part in rest for left in part.subtract(shard.box)]
+
+    return rest
+
+
+def assembled(name: str, shards: Sequence[Shard], box: Box) -> torch.Tensor:
+    """
+    Return the elements of ``box`` of a logical tensor: a view where one shard holds them all, else put together.
+
+    :param shards: of that tensor
+    :raises LayoutError: when ``shards`` lack a part
+    """
+    for shard in shards:
+        if shard.box.contains(box):
+            return elements(shard.view, _within(box, shard.box))
+
+    lacking = missing(shards, box)
+    if lacking or not shards:
+        first = min(lacking, default=box)
+        raise LayoutError(f"this actor lacks {name!r} at offset {first.offset} with extent {first.extent}", tensor=name)
+
+    import torch
+
+    result = torch.empty(box.extent, dtype=shards[0].view.dtype, device=shards[0].view.device)
+    for shard in shards:
+        common = box.intersect(shard.box)
+        if common is not None:
+            elements(result, _within(common, box)).copy_(elements(shard.view, _within(common, shard.box)))
+
+    return result
+
+
+def _within(box: Box, outer: Box) -> Box:
+    """Return ``box`` with its offsets counted from the first element of ``outer``."""
+    return Box(tuple(a - b for a, b in zip(box.offset, outer.offset, strict=True)), box.extent)
 
 
 def renamed(shards: Iterable[Shard], names: NameMap | None) -> list[Shard]:
@@ -123,7 +167,7 @@ def transposed(shard: Shard) -> Shard:
 
 def _window(shard: Shard, box: Box) -> torch.Tensor | Computed:
     """Return what ``shard`` holds of ``box``, a part of its own box in the logical tensor."""
-    start = tuple(a - b for a, b in zip(box.offset, shard.offset, strict=True))
+    start = _within(box, shard.box).offset
     if not isinstance(shard.view, Computed):
         return elements(shard.view, Box(start, box.extent))
 

@@ -11,9 +11,8 @@ from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.flat import parameter_shards
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.layout.views import elements
 
-__all__ = ("Adapter", "adapter", "adapter_only", "factor_name", "assembled", "each_box")
+__all__ = ("Adapter", "adapter", "adapter_only", "factor_name", "each_box")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,46 +86,6 @@ def factor_name(name: str, factor: str) -> str:
     return f"{name.removesuffix('.weight')}.lora_{factor}.weight"
 
 
-def assembled(shards: Sequence[Shard], box: Box, base: str) -> torch.Tensor:
-    """
-    Return the elements of ``box`` of a factor: a view where one shard holds them all, else put together from several.
-
-    :param base: the matrix the adapter is on
-    :raises LayoutError: when ``shards`` lack a part
-    """
-    for shard in shards:
-        if shard.box.contains(box):
-            return _window(shard, box)
-
-    result: torch.Tensor | None = None
-    missing = [box]
-    for shard in shards:
-        rest: list[Box] = []
-        for part in missing:
-            common = part.intersect(shard.box)
-            if common is None:
-                rest.append(part)
-                continue
-
-            if result is None:
-                result = torch.empty(box.extent, dtype=shard.view.dtype, device=shard.view.device)
-
-            _slice(result, box, common).copy_(_window(shard, common))
-            rest.extend(part.subtract(common))
-
-        missing = rest
-
-    if missing or result is None:
-        first = min(missing)
-        raise LayoutError(
-            f"this actor lacks {shards[0].name if shards else 'the adapter'!r} at offset {first.offset} with extent "
-            f"{first.extent}, which its part of {base!r} needs",
-            tensor=base,
-        )
-
-    return result
-
-
 def each_box(shards: Iterable[Shard]) -> tuple[Shard, ...]:
     """Return the first shard of each box of each tensor."""
     first: dict[tuple[str, Box], Shard] = {}
@@ -134,11 +93,3 @@ def each_box(shards: Iterable[Shard]) -> tuple[Shard, ...]:
         first.setdefault((shard.name, shard.box), shard)
 
     return tuple(first.values())
-
-
-def _window(shard: Shard, box: Box) -> torch.Tensor:
-    return elements(shard.view, Box(tuple(a - b for a, b in zip(box.offset, shard.offset, strict=True)), box.extent))
-
-
-def _slice(whole: torch.Tensor, box: Box, part: Box) -> torch.Tensor:
-    return elements(whole, Box(tuple(a - b for a, b in zip(part.offset, box.offset, strict=True)), part.extent))

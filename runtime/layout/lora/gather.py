@@ -10,9 +10,9 @@ import torch
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.lora.adapter import Adapter, assembled, each_box, factor_name
+from wavecast.runtime.layout.lora.adapter import Adapter, each_box, factor_name
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.layout.views import elements
+from wavecast.runtime.layout.views import assembled, elements
 
 __all__ = ("gathered",)
 
@@ -93,4 +93,4 @@ def _whole(each: Adapter, found: dict[str, list[Shard]], factor: str) -> tuple[S
         raise LayoutError(f"no rank of the group holds {name!r}", tensor=each.name)
 
     shape = shards[0].global_shape
-    return (Shard(name, assembled(shards, Box((0, 0), shape), each.name), (0, 0), shape),)
+    return (Shard(name, assembled(name, shards, Box((0, 0), shape)), (0, 0), shape),)

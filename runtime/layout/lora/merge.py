@@ -9,9 +9,9 @@ import torch
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.lora.adapter import Adapter, assembled
+from wavecast.runtime.layout.lora.adapter import Adapter, factor_name
 from wavecast.runtime.layout.shard import Computed, Shard
-from wavecast.runtime.layout.views import elements
+from wavecast.runtime.layout.views import assembled, elements
 
 __all__ = ("merged",)
 
@@ -96,8 +96,8 @@ def _factors(each: Adapter, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
     rank = each.b[0].global_shape[1]
     flip = -1 if each.transposed else 1
     (row, column), (rows, columns) = box.offset[::flip], box.extent[::flip]
-    left = assembled(each.b, Box((row, 0), (rows, rank)), each.name)
-    right = assembled(each.a, Box((0, column), (rank, columns)), each.name)
+    left = assembled(factor_name(each.name, "B"), each.b, Box((row, 0), (rows, rank)))
+    right = assembled(factor_name(each.name, "A"), each.a, Box((0, column), (rank, columns)))
     return (right.t(), left.t()) if each.transposed else (left, right)
 
 
