@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from wavecast.runtime.layout.megatron.model import model_config, shards
+from wavecast.runtime.layout.megatron.model import model_config, shards, trainable_names
 
-__all__ = ("shards", "model_config")
+__all__ = ("shards", "model_config", "trainable_names")

@@ -16,7 +16,7 @@ from wavecast.runtime.layout.megatron.parameters import Parameters
 from wavecast.runtime.layout.megatron.runs import Run
 from wavecast.runtime.layout.shard import Shard
 
-__all__ = ("model_config", "shards")
+__all__ = ("model_config", "shards", "trainable_names")
 
 
 def shards(
@@ -46,13 +46,21 @@ def shards(
         model lacks, a shape that is neither the tensor's nor its part, or memory that does not hold plain elements
         (FP8, offloaded)
     """
-    chunks = _chunks(model)
-    if config is None:
-        config = model_config(chunks, vocab_size=vocab_size)
-    elif vocab_size not in (None, config.vocab_size):
-        raise LayoutError(f"vocab_size is {vocab_size}, the configuration has {config.vocab_size}")
+    return [shard for part in _read(model, config, vocab_size) for shard in part.shards]
 
-    return [shard for chunk in chunks for shard in _chunk_shards(chunk, config)]
+
+def trainable_names(
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    config: ModelConfig | None = None,
+    *,
+    vocab_size: int | None = None,
+) -> frozenset[str]:
+    """
+    Return the logical names of what is trained of this rank's part: for ``group.sync(only=...)``.
+
+    :raises LayoutError: as :func:`shards`, whose parameters these are
+    """
+    return frozenset(name for part in _read(model, config, vocab_size) for name in part.trainable)
 
 
 def model_config(model: torch.nn.Module | Sequence[torch.nn.Module], *, vocab_size: int | None = None) -> ModelConfig:
@@ -68,6 +76,18 @@ def model_config(model: torch.nn.Module | Sequence[torch.nn.Module], *, vocab_si
         vocab_size=vocab_size or int(cast("int", chunk.vocab_size)),
         tied=bool(chunk.share_embeddings_and_output_weights),
     )
+
+
+def _read(
+    model: torch.nn.Module | Sequence[torch.nn.Module], config: ModelConfig | None, vocab_size: int | None
+) -> list[Parameters]:
+    chunks = _chunks(model)
+    if config is None:
+        config = model_config(chunks, vocab_size=vocab_size)
+    elif vocab_size not in (None, config.vocab_size):
+        raise LayoutError(f"vocab_size is {vocab_size}, the configuration has {config.vocab_size}")
+
+    return [_read_chunk(chunk, config) for chunk in chunks]
 
 
 def _chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -89,7 +109,7 @@ def _chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn
     return found
 
 
-def _chunk_shards(chunk: torch.nn.Module, config: ModelConfig) -> list[Shard]:
+def _read_chunk(chunk: torch.nn.Module, config: ModelConfig) -> Parameters:
     tied = bool(chunk.share_embeddings_and_output_weights)
     if tied != config.tie_word_embeddings:
         raise LayoutError(
@@ -117,7 +137,7 @@ def _chunk_shards(chunk: torch.nn.Module, config: ModelConfig) -> list[Shard]:
         _add_vocabulary(parameters, head, "model.embed_tokens" if tied else "lm_head", config.vocab_size)
 
     parameters.check_all_claimed()
-    return parameters.shards
+    return parameters
 
 
 def _add_vocabulary(parameters: Parameters, module: torch.nn.Module, name: str, vocab_size: int) -> None:

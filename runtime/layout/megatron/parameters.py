@@ -26,10 +26,12 @@ class Held:
 
     :ivar path: the parameter's name in the model, for messages
     :ivar view: without a gradient
+    :ivar trainable: the parameter is trained
     """
 
     path: str
     view: torch.Tensor
+    trainable: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,10 +87,12 @@ class Parameters:
     :param model: whose parameters there are
     :param shapes: of all logical tensors, by name
     :ivar shards: of what was added so far
+    :ivar trainable: the names of what was added and is trained
     """
 
     def __init__(self, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shards: list[Shard] = []
+        self.trainable: set[str] = set()
         self._shapes = shapes
         self._left = {id(parameter): path for path, parameter in model.named_parameters()}
         self._names: set[str] = set()
@@ -112,7 +116,7 @@ class Parameters:
         if not data.untyped_storage().nbytes():
             raise LayoutError(f"{path} has no memory: it is offloaded, or was released")
 
-        return Held(path, data)
+        return Held(path, data, tensor.requires_grad)
 
     def need(self, module: torch.nn.Module, name: str) -> Held:
         """
@@ -146,7 +150,7 @@ class Parameters:
 
             offset = tuple(run.start if d == dim else 0 for d in range(len(shape)))
             self.shards.append(Shard(name, view, offset, shape))
-            self._names.add(name)
+            self._note(name, held)
             at += run.length
 
     def add_part(self, held: Held, runs: Sequence[Run], ranks: Ranks, *, suffix: str = ".weight", dim: int = 0) -> None:
@@ -173,7 +177,7 @@ class Parameters:
 
         view = _plus_one(held.view) if one_less else held.view
         self.shards.append(Shard(name, view, (0,) * len(shape), shape))
-        self._names.add(name)
+        self._note(name, held)
 
     def check_held(self, wanted: Collection[str]) -> None:
         """
@@ -194,6 +198,11 @@ class Parameters:
         for path in self._left.values():
             if _OTHERS.isdisjoint(path.split(".")):
                 raise LayoutError(f"the checkpoint has no tensor for {path}, or its layout is not known")
+
+    def _note(self, name: str, held: Held) -> None:
+        self._names.add(name)
+        if held.trainable:
+            self.trainable.add(name)
 
     def _shape(self, name: str, held: Held) -> tuple[int, ...]:
         shape = self._shapes.get(name)

@@ -1,9 +1,9 @@
 """
 Real Megatron-core models of known weights.
 
-The weights go in, and are read back, by Megatron's own rules: ``sharded_state_dict()`` says where in a whole tensor each
-local one sits. What the whole tensors are made of is written here, from what each architecture does with them. The
-adapter takes no part.
+The weights go in, and are read back, by Megatron's own rules: ``sharded_state_dict()`` says where in a whole tensor
+each local one sits. What the whole tensors are made of is written here, from what each architecture does with them.
+The adapter takes no part.
 """
 
 from __future__ import annotations
@@ -27,16 +27,69 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer import TransformerConfig, multi_latent_attention
     from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.moe import grouped_gemm_util
+    from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
     from megatron.core.transformer.moe.experts import GroupedMLP, TEGroupedMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import MLATransformerConfig
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-__all__ = ("Parallel", "build", "fake_rank", "fill", "read", "real_rank", "whole_tensors")
+from wavecast.runtime import Shard
+
+__all__ = (
+    "LLAMA",
+    "BIASED",
+    "QWEN2",
+    "TIED",
+    "QWEN3",
+    "QWEN2_MOE",
+    "QWEN3_MOE",
+    "MIXTRAL",
+    "DEEPSEEK",
+    "Parallel",
+    "fake_rank",
+    "real_rank",
+    "build",
+    "padded",
+    "whole_tensors",
+    "whole_shards",
+    "fill",
+    "read",
+    "logits",
+)
 
 Tensors = dict[str, torch.Tensor]
+
+# Hugging Face configurations, small, with sizes that many meshes divide.
+BASE = {"hidden_size": 24, "num_hidden_layers": 4, "vocab_size": 23, "intermediate_size": 48, "num_attention_heads": 12}
+LLAMA = {**BASE, "model_type": "llama", "num_key_value_heads": 4}
+BIASED = {**LLAMA, "attention_bias": True, "mlp_bias": True}
+QWEN2 = {**BASE, "model_type": "qwen2", "num_key_value_heads": 2}
+TIED = {**QWEN2, "tie_word_embeddings": True}
+QWEN3 = {**BASE, "model_type": "qwen3", "num_key_value_heads": 6, "head_dim": 4}
+QWEN2_MOE = {
+    **QWEN2,
+    "model_type": "qwen2_moe",
+    "num_experts": 4,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+    "decoder_sparse_step": 2,
+}
+QWEN3_MOE = {**QWEN3, "model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 8, "mlp_only_layers": [1]}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}
+DEEPSEEK = {
+    **BASE,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -212,9 +265,9 @@ def build(mapping: Mapping[str, object], parallel: Parallel) -> list[GPTModel]:
     """Return the chunks of the model of a Hugging Face configuration that this rank holds."""
     with (
         warnings.catch_warnings(),
-        mock.patch("torch.cuda.current_device", lambda: "cpu"),
+        mock.patch("torch.cuda.current_device", return_value="cpu"),
         mock.patch.object(multi_latent_attention, "TELinear", Duplicated),
-        mock.patch.object(grouped_gemm_util, "assert_grouped_gemm_is_available", lambda: None),
+        mock.patch.object(grouped_gemm_util, "assert_grouped_gemm_is_available"),
     ):
         warnings.simplefilter("ignore")
         config = _transformer_config(mapping, parallel)
@@ -403,6 +456,11 @@ def whole_tensors(checkpoint: Mapping[str, torch.Tensor], mapping: Mapping[str, 
     return whole
 
 
+def whole_shards(checkpoint: Mapping[str, torch.Tensor]) -> list[Shard]:
+    """Return the shards of someone who holds everything."""
+    return [Shard(name, value, (0,) * value.dim(), tuple(value.shape)) for name, value in checkpoint.items()]
+
+
 def _attention(own: Tensors, mapping: Mapping[str, object]) -> Tensors:
     found = {
         "input_layernorm.weight": own["input_layernorm.weight"],
@@ -530,3 +588,17 @@ def _where(part: ShardedTensor) -> tuple[slice | int, ...]:
         *part.global_offset[: part.prepend_axis_num],
         *(slice(start, start + length) for start, length in zip(own, part.local_shape, strict=True)),
     )
+
+
+def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the model's logits on this CPU, where Megatron asks for a GPU."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        mock.patch("torch.cuda.current_device", return_value="cpu"),
+        mock.patch.object(moe_utils, "te_general_gemm", None, create=True),
+    ):
+        warnings.simplefilter("ignore")
+        result: torch.Tensor = model.eval()(tokens, positions, None)
+        return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,44 +10,30 @@ import torch
 pytest.importorskip("megatron.core")
 
 from tests.runtime.layout.known_bits import known_checkpoint
-from tests.runtime.layout.megatron_models import Parallel, build, fake_rank, fill, padded, read, whole_tensors
+from tests.runtime.layout.megatron_models import (
+    BIASED,
+    DEEPSEEK,
+    LLAMA,
+    MIXTRAL,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+    TIED,
+    Parallel,
+    build,
+    fake_rank,
+    fill,
+    padded,
+    read,
+    whole_shards,
+    whole_tensors,
+)
 from tests.runtime.layout.moving import move
-from wavecast.runtime import Shard
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.megatron import model_config, shards
 
-Tensors = dict[str, torch.Tensor]
-
-BASE = {"hidden_size": 24, "num_hidden_layers": 4, "vocab_size": 23, "intermediate_size": 48, "num_attention_heads": 12}
-LLAMA = {**BASE, "model_type": "llama", "num_key_value_heads": 4}
 ONE_KEY = {**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 1}
-BIASED = {**LLAMA, "attention_bias": True, "mlp_bias": True}
-QWEN2 = {**BASE, "model_type": "qwen2", "num_key_value_heads": 2}
-TIED = {**QWEN2, "tie_word_embeddings": True}
-QWEN3 = {**BASE, "model_type": "qwen3", "num_key_value_heads": 6, "head_dim": 4}
-QWEN2_MOE = {
-    **QWEN2,
-    "model_type": "qwen2_moe",
-    "num_experts": 4,
-    "moe_intermediate_size": 8,
-    "shared_expert_intermediate_size": 12,
-    "decoder_sparse_step": 2,
-}
-QWEN3_MOE = {**QWEN3, "model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 8, "mlp_only_layers": [1]}
-MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}
-DEEPSEEK = {
-    **BASE,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 8,
-    "n_routed_experts": 4,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 6,
-    "qk_nope_head_dim": 5,
-    "qk_rope_head_dim": 2,
-    "v_head_dim": 3,
-}
 UNEVEN = {"num_layers_in_first_pipeline_stage": 1}
 CUSTOM = {"pipeline_model_parallel_layout": "E|ttt|t|L"}
 
@@ -85,11 +70,6 @@ CASES = {
     "deepseek pp2 etp2 te": (DEEPSEEK, Parallel(tp=2, pp=2, etp=2, experts="te", fused_norms=True)),
     "deepseek without compressed queries tp2": ({**DEEPSEEK, "q_lora_rank": None}, Parallel(tp=2)),
 }
-
-
-def whole_shards(checkpoint: Mapping[str, torch.Tensor]) -> list[Shard]:
-    """Return the shards of someone who holds everything."""
-    return [Shard(name, value, (0,) * value.dim(), tuple(value.shape)) for name, value in checkpoint.items()]
 
 
 def megatron_ranks(mapping, parallel, whole=None):
@@ -173,16 +153,17 @@ def test_shards_are_views_of_the_parameters_and_cover_them_once(case):
             assert any(low <= shard.view.data_ptr() < high for low, high in spans), shard.name
             assert not shard.view.requires_grad
 
-        padding = sum(
-            chunk_rows(chunk, parallel, mapping) * int(mapping["hidden_size"]) for chunk in chunks
-        )
+        padding = sum(chunk_rows(chunk, parallel, mapping) * int(mapping["hidden_size"]) for chunk in chunks)
         assert sum(math.prod(shard.view.shape) for shard in held) == sum(t.numel() for t in tensors) - padding
 
 
 def chunk_rows(chunk, parallel, mapping):
     """Return how many rows of padding a chunk holds in its embedding and its head."""
     count = 0
-    for module in (getattr(getattr(chunk, "embedding", None), "word_embeddings", None), getattr(chunk, "output_layer", None)):
+    for module in (
+        getattr(getattr(chunk, "embedding", None), "word_embeddings", None),
+        getattr(chunk, "output_layer", None),
+    ):
         weight = getattr(module, "weight", None)
         if weight is not None:
             first = module.tp_group.rank() * len(weight)
