@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from wavecast.scheduler.ports import TaskGraph
 
-__all__ = ("Bound", "lower_bound", "uncut_nbytes")
+__all__ = ("Bound", "lower_bound", "uncut_nbytes", "least_span")
 
 # Triangles are looked for up to so many (pairs of neighbours of a port).
 _TRIANGLE_PAIRS = 2_000_000
@@ -67,6 +67,16 @@ def uncut_nbytes(graph: TaskGraph, *, chunk_bytes: int | None = None) -> int:
                 met = filled[port]
 
     return total
+
+
+def least_span(graph: TaskGraph, *, waves: int) -> int:
+    """
+    Return a lower bound on the sum over the waves of the largest task, given a lower bound on their number.
+
+    As :func:`uncut_nbytes`, where each wave beyond the busiest port's number of tasks has at least the smallest task.
+    """
+    more = max(0, waves - max(graph.degrees(), default=0))
+    return uncut_nbytes(graph) + more * min(graph.nbytes, default=0)
 
 
 def _part_bounds(graph: TaskGraph) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 
-from wavecast.scheduler.bounds import lower_bound, uncut_nbytes
+from wavecast.scheduler.bounds import least_span, lower_bound
 from wavecast.scheduler.greedy import close_gaps, first_wave, greedy, span
 from wavecast.scheduler.konig import color_bipartite, is_bipartite
 from wavecast.scheduler.ports import TaskGraph
@@ -146,7 +146,7 @@ def balanced(graph: TaskGraph) -> list[int]:
     Tasks are coloured in order of falling bytes, each in the first wave it can go to; where that is too many waves, by
     exchanges. Then pairs of waves exchange chains of tasks such that large ones meet
     (:func:`~wavecast.scheduler.search.sort_sizes`), until the sum of the waves' largest tasks is what no colouring is
-    below (:func:`~wavecast.scheduler.bounds.uncut_nbytes`) or for about half a second. To minimise that sum is NP-hard
+    below (:func:`~wavecast.scheduler.bounds.least_span`) or for about half a second. To minimise that sum is NP-hard
     even on bipartite graphs. With dependencies: :func:`edge_coloring`.
 
     Where more waves have a smaller sum, they are preferred, except on bipartite graphs.
@@ -155,7 +155,8 @@ def balanced(graph: TaskGraph) -> list[int]:
         return edge_coloring(graph)
 
     order = sorted(range(len(graph.ports)), key=lambda task: (-graph.nbytes[task], -len(graph.ports[task])))
-    fewest, shortest = lower_bound(graph).waves, uncut_nbytes(graph)
+    fewest = lower_bound(graph).waves
+    shortest = least_span(graph, waves=fewest)
     filled = greedy(graph, order)
     waves = filled
     if max(filled, default=-1) >= fewest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wavecast.scheduler.bounds import lower_bound, uncut_nbytes
+from wavecast.scheduler.bounds import least_span, lower_bound
 from wavecast.scheduler.coloring import Strategy, balanced, dsatur, edge_coloring, first_fit, largest_first
 from wavecast.scheduler.greedy import span
 from wavecast.scheduler.konig import is_bipartite
@@ -11,7 +11,7 @@ from wavecast.scheduler.ports import TaskGraph
 __all__ = ("STRATEGIES", "auto", "choose")
 
 # DSATUR is worth its time up to about this many (pairs of tasks at a port).
-_DSATUR_PAIRS = 1_000_000
+_DSATUR_PAIRS = 300_000
 
 
 def choose(graph: TaskGraph) -> tuple[str, list[int], str]:
@@ -22,17 +22,18 @@ def choose(graph: TaskGraph) -> tuple[str, list[int], str]:
     """
     alike = len(set(graph.nbytes)) <= 1
     if not graph.after and is_bipartite(graph):
-        fewest = "one-to-one tasks over a bipartite graph: as many waves as the busiest port has tasks"
+        why = "one-to-one tasks over a bipartite graph: as many waves as the busiest port has tasks"
         if alike:
-            return "edge_coloring", edge_coloring(graph), f"{fewest}, and all of one size"
+            return "edge_coloring", edge_coloring(graph), f"{why}, and all of one size"
 
-        return "balanced", balanced(graph), f"{fewest}, and of several sizes"
+        return "balanced", balanced(graph), f"{why}, and of several sizes"
 
     candidates: list[Strategy] = [edge_coloring if alike or graph.after else balanced, largest_first, first_fit]
     if sum(degree * degree for degree in graph.degrees()) <= _DSATUR_PAIRS:
         candidates.append(dsatur)
 
-    bound = lower_bound(graph).waves, uncut_nbytes(graph)
+    fewest = lower_bound(graph).waves
+    shortest = least_span(graph, waves=fewest)
     spans: dict[str, tuple[int, int]] = {}
     name, waves = "", list[int]()
     for strategy in candidates:
@@ -41,7 +42,7 @@ def choose(graph: TaskGraph) -> tuple[str, list[int], str]:
         if not name or spans[strategy.__name__] < spans[name]:
             name, waves = strategy.__name__, found
 
-        if spans[name][1] <= bound[0] and spans[name][0] <= bound[1]:
+        if spans[name] <= (shortest, fewest):
             break
 
     kind = "tasks with dependencies" if graph.after else "conflicts that are not bipartite"
