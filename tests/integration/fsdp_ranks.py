@@ -24,9 +24,11 @@ from torch.distributed.tensor import Shard as Cut
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from wavecast.runtime.layout import dtensor, flat
+from wavecast.runtime.errors import LayoutError
+from wavecast.runtime.layout import dtensor, flat, lora
+from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Shard, describe
-from wavecast.runtime.layout.views import unstacked
+from wavecast.runtime.layout.views import elements, unstacked
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
 
 HIDDEN, INNER, VOCABULARY, EXPERTS = 10, 14, 11, 6
@@ -236,12 +238,12 @@ def plan_over_ranks(sources: list[Shard], destinations: list[Shard]) -> ReshardP
 
 
 def window(shards: list[Shard], route) -> list[torch.Tensor]:
-    """Return the views of ``shards`` that hold the route's box."""
+    """Return the elements of the route's box from each of ``shards`` that holds it, views where they are no results."""
     found = []
     for shard in shards:
         if shard.name == route.tensor and shard.box.contains(route.box):
-            spans = zip(route.offset, shard.offset, route.extent, strict=True)
-            found.append(shard.view[tuple(slice(a - b, a - b + n) for a, b, n in spans)])
+            start = tuple(a - b for a, b in zip(route.offset, shard.offset, strict=True))
+            found.append(elements(shard.view, Box(start, route.extent)))
 
     return found
 
@@ -327,6 +329,48 @@ def after_a_forward_pass() -> dict[str, object]:
     }
 
 
+def with_adapters(seed: int, *, merged: bool) -> Model:
+    """Return a model with an adapter in each layer, whole numbers throughout, or one with the adapters merged."""
+    model = known(seed)
+    for layer in model.layers:
+        generator = torch.Generator().manual_seed(seed)
+        inward, outward = torch.nn.Linear(HIDDEN, 3, bias=False), torch.nn.Linear(3, INNER, bias=False)
+        with torch.no_grad():
+            for parameter in (inward.weight, outward.weight):
+                parameter.copy_(torch.randint(-4, 5, parameter.shape, generator=generator))
+
+            layer.up_proj.weight.copy_((layer.up_proj.weight * 4).round())
+            if merged:
+                layer.up_proj.weight += 0.5 * (outward.weight @ inward.weight)
+
+        if not merged:
+            layer.lora = torch.nn.ModuleDict({"a": inward, "b": outward})
+
+    return model
+
+
+def adapters_under_fsdp() -> dict[str, object]:
+    """FSDP cuts A by its rank, so that no actor can merge alone: the adapters are gathered, the base is not."""
+    source = sharded(with_adapters(1, merged=False), mesh(dist.get_world_size()))
+    destination, wanted = tp(3)(known(2)), tp(3)(with_adapters(1, merged=True))
+    base = dtensor.shards(source, names=lambda name: None if ".lora." in name else name)
+    adapters = [
+        lora.adapter(f"layers.{index}.up_proj.weight", layer.lora["a"].weight, layer.lora["b"].weight, scale=0.5)
+        for index, layer in enumerate(source.layers)
+    ]
+    refused = ""
+    try:
+        lora.merged(base, adapters)
+    except LayoutError as error:
+        refused = str(error)
+
+    sources = lora.merged(base, lora.gathered(adapters))
+    destinations = dtensor.shards(destination) if destination is not None else []
+    plan = plan_over_ranks(sources, destinations)
+    carry_out(plan, sources, destinations)
+    return {"refused": refused, "differing": differing(destination, wanted)}
+
+
 def main(rank: int, world: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -337,6 +381,7 @@ def main(rank: int, world: int, store: str, out: str) -> None:
         seen[name] = run_case(case)
 
     seen["after a forward pass"] = after_a_forward_pass()
+    seen["adapters under fsdp"] = adapters_under_fsdp()
     Path(out).write_text(json.dumps(seen), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()

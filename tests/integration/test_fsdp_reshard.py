@@ -77,3 +77,10 @@ def test_a_module_left_gathered_is_read_where_the_optimizer_wrote(seen):
     assert [rank["gathered"] for rank in ranks] == [14] * WORLD
     assert all(rank["changed"] for rank in ranks)
     assert all(rank["equal"] and rank["shared"] for rank in ranks)
+
+
+def test_adapters_that_fsdp_cut_are_gathered_and_merged_into_a_base_that_is_not(seen):
+    ranks = [rank["adapters under fsdp"] for rank in seen]
+    assert [rank["differing"] for rank in ranks] == [[]] * WORLD
+    # Of A's three rows one rank has none, so its own shards say nothing of their place.
+    assert all(rank["refused"].startswith("this actor lacks 'layers.0.up_proj.lora_") for rank in ranks)

@@ -33,6 +33,19 @@ class Adapter:
     scale: float
     transposed: bool = False
 
+    @property
+    def rank(self) -> int:
+        """
+        The inner size of the product.
+
+        :raises LayoutError: when this actor has no part of A nor B to tell
+        """
+        for parts, dim in ((self.a, 0), (self.b, 1)):
+            if parts:
+                return parts[0].global_shape[dim]
+
+        raise LayoutError(f"this actor has no part of the adapter on {self.name!r}", tensor=self.name)
+
 
 def adapter(
     name: str,

@@ -80,9 +80,11 @@ def _merge(shard: Shard, adapters: tuple[Adapter, ...]) -> Computed:
 
 
 def _check_shapes(shard: Shard, each: Adapter) -> None:
-    made = {(part.global_shape[0], None) for part in each.b} | {(None, part.global_shape[1]) for part in each.a}
     wanted = shard.global_shape[::-1] if each.transposed else shard.global_shape
-    if len(wanted) != 2 or made != {(wanted[0], None), (None, wanted[1])}:
+    fits = len(wanted) == 2 and all(
+        part.global_shape[dim] == wanted[dim] for dim, parts in enumerate((each.b, each.a)) for part in parts
+    )
+    if not fits:
         raise LayoutError(
             f"{shard.name!r} has the global shape {shard.global_shape}, which its adapter of A "
             f"{[part.global_shape for part in each.a][:1]} and B {[part.global_shape for part in each.b][:1]} "
@@ -93,7 +95,7 @@ def _check_shapes(shard: Shard, each: Adapter) -> None:
 
 def _factors(each: Adapter, box: Box) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the two matrices whose product is added, unscaled, to ``box`` of the base."""
-    rank = each.b[0].global_shape[1]
+    rank = each.rank
     flip = -1 if each.transposed else 1
     (row, column), (rows, columns) = box.offset[::flip], box.extent[::flip]
     left = assembled(factor_name(each.name, "B"), each.b, Box((row, 0), (rows, rank)))

@@ -174,6 +174,15 @@ def test_an_actor_that_lacks_a_part_is_told_which():
         merged([whole(NAME, base)], [adapter(NAME, [part("a", a, (0, 1), (0, 4))], b, scale=1.0)])
 
 
+def test_an_actor_without_any_part_is_told_so():
+    base, a = integers(1, 6, 4), integers(2, 2, 4)
+    with pytest.raises(LayoutError, match="this actor has no part of the adapter on"):
+        merged([whole(NAME, base)], [adapter(NAME, [], [], scale=1.0)])
+
+    with pytest.raises(LayoutError, match=r"lacks '.*q_proj\.lora_B\.weight' at offset \(0, 0\) with extent \(6, 2\)"):
+        merged([whole(NAME, base)], [adapter(NAME, a, [], scale=1.0)])
+
+
 def test_shapes_that_do_not_fit_are_refused():
     a, b = integers(2, 2, 4), integers(3, 6, 2)
     with pytest.raises(LayoutError, match=r"has the global shape \(6, 5\), which its adapter of A \[\(2, 4\)\]"):
