@@ -16,14 +16,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-
-import torch
+from typing import TYPE_CHECKING
 
 from wavecast.runtime.errors import CheckpointError, ConfigError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.dtypes import itemsize
 from wavecast.runtime.layout.hf import LogicalTensor
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ("Checkpoint", "StoredTensor", "read_header")
 
@@ -182,6 +184,8 @@ class Checkpoint:
                 f"at offset {wanted.offset} with extent {wanted.extent}"
             )
 
+        import torch  # headers are read without it: a plan needs no more
+
         # As bytes, in a dim of their own: the file need not align an element, and a NaN keeps its bits.
         width = itemsize(tensor.dtype)
         fresh = torch.empty((*wanted.extent, width), dtype=torch.uint8)
@@ -210,6 +214,8 @@ class Checkpoint:
             mapped = self._maps[tensor.file] = _map(tensor.file)
 
         count = tensor.stop - tensor.start
+        import torch
+
         return torch.frombuffer(mapped, dtype=torch.uint8, offset=tensor.start, count=count).view(*tensor.shape, width)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar, cast
@@ -31,6 +32,8 @@ __all__ = (
 )
 
 R = TypeVar("R")
+
+_PROBE_SECONDS = 5.0
 
 
 class _RemoteMethod(Protocol):
@@ -195,6 +198,9 @@ def cluster(address: str | None) -> Iterator[None]:
 
     :raises ConfigError: when there is no cluster at ``address``
     """
+    if address is not None:
+        _require_listener(address)
+
     # Ray hides the GPUs from an actor that asks for none of them, and warns that it may one day not.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -211,6 +217,18 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Make sure that somebody listens at a ``host:port``: Ray itself would go on trying for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
+    except OSError as error:
+        raise errors.ConfigError(f"no Ray cluster at {address!r}: {error}") from error
 
 
 def cluster_gpus() -> int:

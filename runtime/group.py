@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -15,6 +15,7 @@ import anyio.to_thread
 from wavecast.runtime import errors
 from wavecast.runtime.cluster import ActorHandle, RayActors, require_event_loop
 from wavecast.runtime.connection import Connection
+from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.model_group import ModelGroup
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Only, Preparation, choose_transport, prepare, select_names
@@ -25,6 +26,8 @@ from wavecast.runtime.transfer.messages import (
     Begin,
     Commit,
     Compare,
+    Describe,
+    Described,
     Done,
     Excerpt,
     Finish,
@@ -93,7 +96,7 @@ class ParameterSyncGroup:
         self._state: _State | None = None
         self._closed = False
         self._latest: int | None = None
-        self._layouts: dict[str, Began] = {}
+        self._layouts: dict[str, Layout] = {}
         self._prepared: tuple[tuple[object, ...], Preparation] | None = None
         self._set_members(source, destination)
         self._versions: dict[int, ReplicaVersion] = dict.fromkeys(range(len(destination.replicas)))
@@ -270,13 +273,9 @@ class ParameterSyncGroup:
         )
 
     async def _begin(self, state: _State) -> list[Began]:
+        """Let all actors read their shards, and fetch each layout that is not known yet from one of its holders."""
         requests = {
-            actor: Begin(
-                run=state.run,
-                actor=actor,
-                known=self._began[actor].digest if actor in self._began else "",
-                scan=state.request.validate and actor < self._sources,
-            )
+            actor: Begin(state.run, actor, scan=state.request.validate and actor < self._sources)
             for actor in range(len(self._actors))
         }
         replies = await self._actors.ask_all(requests, Began)
@@ -289,16 +288,19 @@ class ParameterSyncGroup:
                     actors=(actor,),
                 )
 
-            if reply.layout is not None:
-                self._began[actor] = reply
-
-        return [replies[actor] for actor in range(len(self._actors))]
+        began = [replies[actor] for actor in range(len(self._actors))]
+        holders = {reply.digest: actor for actor, reply in enumerate(began) if reply.digest not in self._layouts}
+        described = await self._actors.ask_all(dict.fromkeys(holders.values(), Describe(state.run)), Described)
+        self._layouts.update({digest: described[actor].layout for digest, actor in holders.items()})
+        current = {reply.digest for reply in began}
+        self._layouts = {digest: layout for digest, layout in self._layouts.items() if digest in current}
+        return began
 
     async def _prepare(self, began: list[Began], only: Only) -> tuple[Preparation, bool]:
-        layouts = [layout for actor in range(len(began)) if (layout := self._began[actor].layout) is not None]
+        layouts = [replace(self._layouts[reply.digest], place=reply.place) for reply in began]
         sources, destinations = layouts[: self._sources], layouts[self._sources :]
         names = select_names(destinations, only)
-        key = (tuple(reply.digest for reply in began), names)
+        key = (tuple((reply.digest, reply.place) for reply in began), names)
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1], False
 
@@ -428,7 +430,6 @@ class ParameterSyncGroup:
         self._destination = destination
         self._sources = len(source.actors)
         self._connection = Connection(self._actors)
-        self._began: dict[int, Began] = {}
         self._prepared = None
 
     async def _change_members(self, source: ModelGroup, destination: ModelGroup) -> None:

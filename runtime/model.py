@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from wavecast.runtime.checkpoint import Checkpoint
 from wavecast.runtime.errors import ConfigError
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.hf import layouts, logical_tensors
@@ -46,9 +47,6 @@ def resolve_model(*, preset_name: str | None, checkpoint: str | None, layers: in
     if checkpoint is not None:
         if preset_name is not None or layers is not None:
             raise ConfigError("--checkpoint brings its own configuration: --preset and --layers do not go with it")
-
-        # Reads tensors, and so needs torch; a preset does not.
-        from wavecast.runtime.checkpoint import Checkpoint
 
         with Checkpoint.open(checkpoint) as opened:
             opened.check(logical_tensors(opened.config))

@@ -29,6 +29,8 @@ from wavecast.runtime.transfer.messages import (
     Compare,
     Connect,
     Connected,
+    Describe,
+    Described,
     Done,
     Excerpt,
     Failure,
@@ -169,6 +171,9 @@ class Agent:
         match request:
             case Begin():
                 return self._begin(request, host)
+            case Describe():
+                self._current(request.run)
+                return Described(self._layout)
             case HostStore():
                 store, port = host_store(host.address(), seconds=request.seconds)
                 self._stores = {request.connection: store}
@@ -203,9 +208,9 @@ class Agent:
         memory = Memory(shards)
         place = Place(host.node(), _device_name(memory.device))
         with self._lock:
-            if memory.signature != self._signature or self._layout.place != place:
+            if memory.signature != self._signature:
                 self._signature = memory.signature
-                self._layout = describe(shards, place=place)
+                self._layout = describe(shards)
                 self._digest = _digest(self._layout)
 
             self._actor = request.actor
@@ -213,7 +218,6 @@ class Agent:
 
         return Began(
             digest=self._digest,
-            layout=None if self._digest == request.known else self._layout,
             place=place,
             nan=count_nan(shards) if request.scan else (),
             version=self.version,
@@ -471,7 +475,7 @@ def _failure(error: Exception) -> Failure:
 
 
 def _digest(layout: Layout) -> str:
-    summary = hashlib.sha256(repr(layout.place).encode())
+    summary = hashlib.sha256()
     for piece in layout.pieces:
         summary.update(repr(piece).encode())
 

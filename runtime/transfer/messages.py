@@ -10,6 +10,7 @@ from wavecast.runtime.transfer.program import Program
 __all__ = (
     "Request",
     "Begin",
+    "Describe",
     "HostStore",
     "Connect",
     "Load",
@@ -22,6 +23,7 @@ __all__ = (
     "Close",
     "Reply",
     "Began",
+    "Described",
     "StoreAddress",
     "Connected",
     "StepDone",
@@ -39,14 +41,19 @@ class Begin:
 
     :ivar run: names the run; every later request of it carries it
     :ivar actor: the actor's number
-    :ivar known: digest of the layout the driver has for this actor; the layout comes back only if it changed
     :ivar scan: count NaN elements in the shards
     """
 
     run: str
     actor: int
-    known: str = ""
     scan: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """Asks for the layout itself, where the driver does not know its digest yet."""
+
+    run: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +158,13 @@ class Close:
     """Drops the connection, the program and all staging memory."""
 
 
-Request = Begin | HostStore | Connect | Load | RunStep | Finish | Probe | Compare | Commit | Abort | Close
+Request = Begin | Describe | HostStore | Connect | Load | RunStep | Finish | Probe | Compare | Commit | Abort | Close
 
 
 @dataclass(frozen=True, slots=True)
 class Began:
     """
-    :ivar digest: of the layout now held
-    :ivar layout: the layout, unless the driver knew the digest
+    :ivar digest: of the layout now held, its place left out: replicas have equal ones
     :ivar place: node and device of the shards
     :ivar nan: names of tensors with NaN elements and how many, when scanned
     :ivar version: last committed version, ``None`` before the first
@@ -166,11 +172,17 @@ class Began:
     """
 
     digest: str
-    layout: Layout | None
     place: Place
     nan: tuple[tuple[str, int], ...]
     version: int | None
     torn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the actor holds; its place is left out."""
+
+    layout: Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,4 +253,4 @@ class Failure:
     tensor: str = ""
 
 
-Reply = Began | StoreAddress | Connected | StepDone | Finished | Excerpt | Done | Failure
+Reply = Began | Described | StoreAddress | Connected | StepDone | Finished | Excerpt | Done | Failure
