@@ -93,6 +93,9 @@ def _within(box: Box, outer: Box) -> Box:
 
 def renamed(shards: Iterable[Shard], names: NameMap | None) -> list[Shard]:
     """Return ``shards`` under other names: left out, once, or once for each name that ``names`` gives."""
+    if names is None:
+        return list(shards)
+
     return [replace(shard, name=name) for shard in shards for name in map_name(names, shard.name)]
 
 
