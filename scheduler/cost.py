@@ -48,3 +48,12 @@ class LinkCost:
     def __call__(self, task: Task) -> float:
         """Return how long ``task`` takes."""
         return self.seconds(task.nbytes, receivers=len(task.receivers))
+
+    def allow(self, *, factor: float = 10.0, least_seconds: float = 1.0) -> TaskCost:
+        """
+        Return how long to let each task take: for :func:`~wavecast.scheduler.run`'s ``task_seconds``.
+
+        :param factor: times the cost
+        :param least_seconds: but not less than this
+        """
+        return lambda task: max(least_seconds, factor * self(task))

@@ -52,7 +52,20 @@ def test_link_cost_is_a_start_up_and_a_rate() -> None:
     assert simulate(skewed(), cost).seconds == 0.5 + 9 / 4 + 0.5 + 1 / 4
 
 
-@pytest.mark.parametrize("options", [{"alpha_seconds": -1.0}, {"nbytes_per_second": 0.0}])
+def test_receivers_beyond_the_first_cost_a_share() -> None:
+    cost = LinkCost(alpha_seconds=0.5, nbytes_per_second=4.0, branching=0.25)
+
+    assert cost(Task(0, (0,), (1, 2, 3), 8)) == 0.5 + 2.0 * 1.5
+    assert cost.seconds(8, receivers=5) == 0.5 + 2.0 * 2
+
+
+def test_a_deadline_for_a_task_is_a_multiple_of_its_cost_and_not_too_short() -> None:
+    allowed = LinkCost(alpha_seconds=0.5, nbytes_per_second=4.0).allow(factor=4, least_seconds=5)
+
+    assert (allowed(Task(0, (0,), (1,), 8)), allowed(Task(0, (0,), (1,), 0))) == (10.0, 5)
+
+
+@pytest.mark.parametrize("options", [{"alpha_seconds": -1.0}, {"nbytes_per_second": 0.0}, {"branching": -0.1}])
 def test_impossible_links_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="it must be"):
         LinkCost(**options)
