@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 pytest.importorskip("megatron.core")
 pytest.importorskip("transformers")
 
-from tests.runtime.layout.megatron_models import (
+from tests.runtime.layout.megatron_configs import (
     BIASED,
     DEEPSEEK,
     LLAMA,
@@ -24,12 +24,9 @@ from tests.runtime.layout.megatron_models import (
     QWEN3,
     QWEN3_MOE,
     TIED,
-    Parallel,
-    build,
-    fake_rank,
-    logits,
-    whole_shards,
 )
+from tests.runtime.layout.megatron_models import Parallel, build, fake_rank, logits
+from tests.runtime.layout.megatron_whole import whole_shards
 from tests.runtime.layout.moving import move
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.hf import logical_tensors

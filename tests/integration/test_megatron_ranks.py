@@ -14,22 +14,9 @@ import torch.multiprocessing
 pytest.importorskip("megatron.core")
 
 from tests.runtime.layout.known_bits import known_checkpoint
-from tests.runtime.layout.megatron_models import (
-    DEEPSEEK,
-    QWEN2,
-    QWEN3_MOE,
-    TIED,
-    Parallel,
-    build,
-    fake_rank,
-    fill,
-    logits,
-    padded,
-    read,
-    real_rank,
-    whole_shards,
-    whole_tensors,
-)
+from tests.runtime.layout.megatron_configs import DEEPSEEK, QWEN2, QWEN3_MOE, TIED
+from tests.runtime.layout.megatron_models import Parallel, build, fake_rank, logits, padded, real_rank
+from tests.runtime.layout.megatron_whole import fill, read, whole_shards, whole_tensors
 from tests.runtime.layout.moving import move
 from wavecast.runtime import Shard
 from wavecast.runtime.layout.config import ModelConfig
@@ -90,7 +77,7 @@ class Ranks:
     def __init__(self) -> None:
         # A start is seconds of imports: one process does them for all.
         context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.runtime.layout.megatron_models"])
+        context.set_forkserver_preload(["tests.runtime.layout.megatron_models", "tests.runtime.layout.megatron_whole"])
         self._queues = [(context.SimpleQueue(), context.SimpleQueue()) for _ in range(WORLD)]
         self._processes = [context.Process(target=serve, args=queues, daemon=True) for queues in self._queues]
         for process in self._processes:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("megatron.core")
 
 from tests.runtime.layout.known_bits import known_checkpoint
-from tests.runtime.layout.megatron_models import (
+from tests.runtime.layout.megatron_configs import (
     BIASED,
     DEEPSEEK,
     LLAMA,
@@ -20,15 +20,9 @@ from tests.runtime.layout.megatron_models import (
     QWEN3,
     QWEN3_MOE,
     TIED,
-    Parallel,
-    build,
-    fake_rank,
-    fill,
-    padded,
-    read,
-    whole_shards,
-    whole_tensors,
 )
+from tests.runtime.layout.megatron_models import Parallel, build, fake_rank, padded
+from tests.runtime.layout.megatron_whole import fill, read, whole_shards, whole_tensors
 from tests.runtime.layout.moving import move
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.megatron import model_config, shards

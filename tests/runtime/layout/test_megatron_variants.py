@@ -11,22 +11,9 @@ import torch
 pytest.importorskip("megatron.core")
 
 from tests.runtime.layout.known_bits import known_checkpoint
-from tests.runtime.layout.megatron_models import (
-    BIASED,
-    DEEPSEEK,
-    LLAMA,
-    QWEN2,
-    QWEN2_MOE,
-    QWEN3,
-    QWEN3_MOE,
-    TIED,
-    Parallel,
-    build,
-    fake_rank,
-    fill,
-    whole_shards,
-    whole_tensors,
-)
+from tests.runtime.layout.megatron_configs import BIASED, DEEPSEEK, LLAMA, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, TIED
+from tests.runtime.layout.megatron_models import Parallel, build, fake_rank
+from tests.runtime.layout.megatron_whole import fill, whole_shards, whole_tensors
 from tests.runtime.layout.moving import move
 from wavecast.runtime import LayoutError, describe
 from wavecast.runtime.layout.config import ModelConfig
