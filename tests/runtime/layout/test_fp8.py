@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from tests.runtime.layout.moving import move
 from wavecast.runtime.errors import LayoutError
-from wavecast.runtime.layout import fp8, lora
+from wavecast.runtime.layout import fp8, lora, vllm
 from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.config import ModelConfig
+from wavecast.runtime.layout.hf import logical_tensors
 from wavecast.runtime.layout.shard import Computed, Shard, describe
 from wavecast.runtime.plan.reshard import plan_reshard
 
@@ -249,3 +251,49 @@ def test_a_destinations_pair_is_checked():
         off = shard if wrong is not fp8.paired else Shard(NAME, weight, (100, 0), (256, 256))
         with pytest.raises(LayoutError, match=r"is no run of whole blocks of \(128, 128\)"):
             wrong(off, torch.zeros(1, 2))
+
+
+def qwen3_moe():
+    return ModelConfig.from_dict(
+        {
+            "model_type": "qwen3_moe",
+            "vocab_size": 48,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "moe_intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+    )
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_an_engine_of_vllms_make_gets_every_pair_it_holds(expert_parallel):
+    config, block = qwen3_moe(), (4, 4)
+    whole = {each.name: randoms(seed, *each.shape) for seed, each in enumerate(logical_tensors(config))}
+    source = fp8.quantised([Shard(n, v, (0,) * v.dim(), tuple(v.shape)) for n, v in whole.items()], block=block)
+    ranks = [vllm.EngineRank(tp_rank=rank, tp_size=2, expert_parallel=expert_parallel) for rank in range(2)]
+    layouts = [vllm.layout(config, rank, fmt=vllm.EngineFormat(scale_block=block)) for rank in ranks]
+    destinations = [
+        [
+            Shard(p.tensor, torch.zeros(p.box.extent, dtype=getattr(torch, p.dtype)), p.box.offset, p.global_shape)
+            for p in layout.pieces
+        ]
+        for layout in layouts
+    ]
+    move([source], destinations)
+    dtypes = {describe([shard]).pieces[0].tensor: shard.view.dtype for shard in source}
+    for shard in (shard for shards in destinations for shard in shards):
+        where = tuple(slice(a, a + n) for a, n in zip(shard.box.offset, shard.box.extent, strict=True))
+        assert shard.view.dtype == dtypes[shard.name]
+        name = shard.name.removesuffix(fp8.SCALE)
+        if dtypes[name] == torch.bfloat16:
+            assert torch.equal(shard.view, whole[name][where])
+        else:
+            bits, scales = reference(whole[name].float().numpy(), block)
+            held = shard.view.numpy() if name != shard.name else shard.view.view(torch.uint8).numpy()
+            np.testing.assert_array_equal(held, (scales if name != shard.name else bits)[where])
