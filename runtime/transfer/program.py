@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,13 +106,24 @@ def compile_programs(
 
 
 def fill_buckets(cuts: Iterable[Cut], *, bucket_bytes: int) -> tuple[Bucket, ...]:
-    """Lay ``cuts`` out in buckets of at most ``bucket_bytes``, in order. Sender and receivers find the same."""
+    """
+    Lay ``cuts`` out in buckets of at most ``bucket_bytes``, in order. Sender and receivers find the same.
+
+    A cut larger than a bucket is cut into boxes of whole rows, or of parts of one row where a row is too large itself.
+
+    :raises ValueError: when an element may not fit in a bucket
+    """
+    # Padding must not lead over the edge.
+    room = bucket_bytes // ALIGNMENT * ALIGNMENT
+    if room == 0:
+        raise ValueError(f"bucket_bytes is {bucket_bytes}, it must be at least {ALIGNMENT}")
+
     buckets: list[Bucket] = []
     items: list[Placed] = []
     used = 0
-    for cut in _divide(cuts, bucket_bytes):
+    for cut in _divide(cuts, room):
         nbytes = cut.nbytes
-        if items and used + nbytes > bucket_bytes:
+        if items and used + nbytes > room:
             buckets.append(Bucket(tuple(items), used))
             items, used = [], 0
 
@@ -129,16 +140,24 @@ def _cuts(routes: tuple[Route, ...]) -> tuple[Cut, ...]:
     return tuple(Cut(route.tensor, route.offset, route.extent, route.dtype) for route in routes)
 
 
-def _divide(cuts: Iterable[Cut], bucket_bytes: int) -> Iterable[Cut]:
-    """Cut what is larger than a bucket."""
+def _divide(cuts: Iterable[Cut], bucket_bytes: int) -> Iterator[Cut]:
+    """Cut what is larger than a bucket, and leave out what is empty."""
     for cut in cuts:
-        size = itemsize(cut.dtype)
-        most = bucket_bytes // size
-        numel = cut.box.numel
-        if numel <= most:
+        nbytes = cut.nbytes
+        if 0 < nbytes <= bucket_bytes:
             yield cut
-            continue
-
-        for start in range(0, numel, most):
-            for box in cut.box.split_flat(start, min(start + most, numel)):
+        elif nbytes:
+            for box in _parts(cut.box, bucket_bytes // itemsize(cut.dtype)):
                 yield Cut(cut.tensor, box.offset, box.extent, cut.dtype)
+
+
+def _parts(box: Box, most: int, dim: int = 0) -> Iterator[Box]:
+    """Cut along ``dim`` into boxes of at most ``most`` elements; all dims before it have an extent of 1."""
+    row = box.numel // box.extent[dim]
+    step = max(most // row, 1)
+    for start in range(0, box.extent[dim], step):
+        part = box.rows(start, min(start + step, box.extent[dim]), dim=dim)
+        if row <= most:
+            yield part
+        else:
+            yield from _parts(part, most, dim + 1)
