@@ -34,6 +34,10 @@ __all__ = (
 R = TypeVar("R")
 
 _PROBE_SECONDS = 5.0
+#: After so long a call to a live actor has been delivered.
+_DELIVERY_SECONDS = 0.1
+#: What a call may take to end by itself once it is its turn.
+_TURN_SECONDS = 0.02
 
 
 class _RemoteMethod(Protocol):
@@ -61,6 +65,12 @@ class RayHost:
 _HOST = RayHost()
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    actor: int
+    sent: float
+
+
 class RayActors:
     """
     The actors of a group, by number.
@@ -77,7 +87,7 @@ class RayActors:
                 raise errors.NotATransferWorker(f"actor {handle!r} does not mix in TransferWorker", actors=(actor,))
 
         self._methods = [_request_method(handle) for handle in self.handles]
-        self._running: dict[ray.ObjectRef[Reply], int] = {}
+        self._running: dict[ray.ObjectRef[Reply], _Call] = {}
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -86,7 +96,7 @@ class RayActors:
         """Send ``request`` and return the reference of its answer; :meth:`answer` awaits it."""
         method = self._methods[actor]
         ref = method.remote(request, _HOST) if attachment is None else method.remote(request, _HOST, attachment)
-        self._running[ref] = actor
+        self._running[ref] = _Call(actor, anyio.current_time())
         return ref
 
     async def answer(self, ref: ray.ObjectRef[Reply], expected: type[R]) -> R:
@@ -95,7 +105,7 @@ class RayActors:
 
         :raises SyncError: the actor's own failure, or its death, as the class that fits, naming the actor
         """
-        actor = self._running[ref]
+        actor = self._running[ref].actor
         try:
             reply = await ref
         except RayError as error:
@@ -129,7 +139,7 @@ class RayActors:
 
     def waiting_for(self) -> tuple[int, ...]:
         """The actors that owe an answer, each once, in order."""
-        return tuple(sorted(set(self._running.values())))
+        return tuple(sorted({call.actor for call in self._running.values()}))
 
     async def abort(self, run: str, reason: str) -> None:
         """
@@ -138,16 +148,31 @@ class RayActors:
         Ray's own cancel reaches an actor whose thread is blocked: the agent looks out for it. Returns when every actor
         has answered; the caller bounds the time. Actors that are dead already are no failure here.
         """
-        for ref in self._running:
-            ray.cancel(ref, recursive=False)
+        running, self._running = self._running, {}
+        calls: dict[int, list[tuple[ray.ObjectRef[Reply], float]]] = {actor: [] for actor in range(len(self.handles))}
+        for ref, call in running.items():
+            calls[call.actor].append((ref, call.sent))
 
-        for actor in range(len(self.handles)):
-            self.start(actor, Abort(run, reason))
-
-        refs, self._running = dict(self._running), {}
         async with anyio.create_task_group() as group:
-            for ref in refs:
-                group.start_soon(_settled, ref)
+            for actor, owed in calls.items():
+                group.start_soon(self._end, actor, owed, Abort(run, reason))
+
+    async def _end(self, actor: int, owed: list[tuple[ray.ObjectRef[Reply], float]], abort: Abort) -> None:
+        """
+        End an actor's calls one after the other, then its run.
+
+        Ray numbers an actor's calls, and one that is cancelled before it was delivered leaves a gap for which all later
+        ones wait. So only the call that the actor is at is cancelled, and not before it must have arrived.
+        """
+        for ref, sent in owed:
+            with anyio.move_on_after(max(sent + _DELIVERY_SECONDS - anyio.current_time(), _TURN_SECONDS)):
+                await _settled(ref)
+                continue
+
+            ray.cancel(ref, recursive=False)
+            await _settled(ref)
+
+        await _settled(self._methods[actor].remote(abort, _HOST))
 
     async def close_all(self) -> None:
         """Let every actor release what it holds for this group; the caller bounds the time. Passes over dead actors."""
