@@ -6,7 +6,7 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 import torch
 
@@ -33,7 +33,6 @@ class _Mesh(Protocol):
     def get_coordinate(self) -> Sequence[int] | None: ...
 
 
-@runtime_checkable
 class _Distributed(Protocol):
     """What is asked of a ``torch.distributed.tensor.DTensor``."""
 
@@ -109,7 +108,7 @@ def tensor_shards(name: str, tensor: torch.Tensor) -> list[Shard]:
         raise LayoutError(f"{name!r} is an FSDP1 flat parameter: give it to wavecast.runtime.layout.flat", tensor=name)
 
     shape = tuple(tensor.shape)
-    if not isinstance(tensor, _Distributed):
+    if not _is_distributed(tensor):
         return [Shard(name, tensor.detach(), (0,) * len(shape), shape)] if tensor.numel() else []
 
     coordinate = tensor.device_mesh.get_coordinate()
@@ -165,6 +164,10 @@ def _reshard(module: torch.nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def _is_distributed(tensor: object) -> TypeGuard[_Distributed]:
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def _is_flat(tensor: torch.Tensor) -> bool:

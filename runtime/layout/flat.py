@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
@@ -38,7 +38,6 @@ class _FlatParameter(Protocol):
     _shared_param_infos: Sequence[_Tied]
 
 
-@runtime_checkable
 class _Handle(Protocol):
     """What is asked of FSDP1's ``FlatParamHandle``."""
 
@@ -47,7 +46,6 @@ class _Handle(Protocol):
     uses_sharded_strategy: bool
 
 
-@runtime_checkable
 class _Partitioned(Protocol):
     """What is asked of a parameter that ZeRO-3 has partitioned."""
 
@@ -103,7 +101,7 @@ def fsdp1_shards(module: torch.nn.Module, *, names: NameMap | None = None) -> li
     managed: set[str] = set()
     for path, part in module.named_modules():
         handle = getattr(part, "_handle", None)
-        if isinstance(handle, _Handle):
+        if _is_handle(handle):
             prefix = clean_name(path)
             found.extend(_handle_shards(handle, prefix))
             managed.update(_managed_names(cast("_FlatParameter", handle.flat_param), prefix))
@@ -139,10 +137,18 @@ def parameter_shards(name: str, parameter: torch.Tensor) -> list[Shard]:
 
     :raises LayoutError: as :func:`zero3_shards`
     """
-    if isinstance(parameter, _Partitioned):
+    if _is_partitioned(parameter):
         return _partition_shards(name, parameter)
 
     return tensor_shards(name, parameter)
+
+
+def _is_handle(handle: object) -> TypeGuard[_Handle]:
+    return all(hasattr(handle, name) for name in ("flat_param", "rank", "uses_sharded_strategy"))
+
+
+def _is_partitioned(parameter: object) -> TypeGuard[_Partitioned]:
+    return all(hasattr(parameter, name) for name in ("ds_tensor", "ds_shape", "ds_process_group"))
 
 
 def _handle_shards(handle: _Handle, prefix: str) -> list[Shard]:

@@ -145,18 +145,14 @@ class _Blocks:
         result = torch.empty(box.extent, dtype=_DTYPE, device=self.shards[0].view.device)
         for band in self._bands(_grid(box, self.block)):
             values, scale = self._band(band)
-            region = _elements_of(band, self.shards[0].global_shape, self.block)
-            common = region.intersect(box)
-            if common is None:
-                continue
-
-            window = tuple(
-                slice(a - b, a - b + n) for a, b, n in zip(common.offset, region.offset, common.extent, strict=True)
-            )
-            divisor = scale.repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
-            scaled = values[window] / divisor[window]
-            first = common.offset[0] - box.offset[0]
-            result[first : first + common.extent[0]].copy_(scaled.clamp_(-_LARGEST, _LARGEST))
+            values.div_(scale[:, None, :, None]).clamp_(-_LARGEST, _LARGEST)
+            top, left = (index * size for index, size in zip(band.offset, self.block, strict=True))
+            start = max(top, box.offset[0])
+            stop = min(top + band.extent[0] * self.block[0], box.offset[0] + box.extent[0])
+            rows = slice(start - top, stop - top)
+            columns = slice(box.offset[1] - left, box.offset[1] - left + box.extent[1])
+            whole = values.view(values.shape[0] * values.shape[1], values.shape[2] * values.shape[3])
+            result[start - box.offset[0] : stop - box.offset[0]].copy_(whole[rows, columns])
 
         return result
 
@@ -165,14 +161,18 @@ class _Blocks:
         return torch.cat([self._band(band)[1] for band in self._bands(grid)])
 
     def _band(self, grid: Box) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the elements, in float32, and the scales of the blocks in ``grid``."""
+        """
+        Return the elements and the scales of the blocks in ``grid``, in float32.
+
+        The elements are fresh memory of four dims: row of blocks, row in the block, column of blocks, column in it.
+        Where the matrix ends inside a block, zeros fill the block.
+        """
         region = _elements_of(grid, self.shards[0].global_shape, self.block)
-        values = assembled(self.name, self.shards, region).float()
         (rows, columns), (height, width) = grid.extent, self.block
-        padded = torch.nn.functional.pad(
-            values, (0, columns * width - values.shape[1], 0, rows * height - values.shape[0])
-        )
-        largest = padded.view(rows, height, columns, width).abs().amax(dim=(1, 3))
+        values = torch.zeros(rows * height, columns * width, device=self.shards[0].view.device)
+        values[: region.extent[0], : region.extent[1]].copy_(assembled(self.name, self.shards, region))
+        values = values.view(rows, height, columns, width)
+        largest = torch.maximum(values.amax(dim=(1, 3)), -values.amin(dim=(1, 3)))
         # By a tensor: on CUDA a division by a number becomes a product with its inverse, one bit off at times.
         scale = (largest / torch.full_like(largest, _LARGEST)).clamp_min(_SMALLEST_SCALE)
         return values, torch.where(largest == 0, torch.ones_like(scale), scale)

@@ -42,7 +42,8 @@ def elements(view: torch.Tensor | Computed, box: Box) -> torch.Tensor:
         return view.read(box)
 
     for dim, (start, length) in enumerate(zip(box.offset, box.extent, strict=True)):
-        view = view.narrow(dim, start, length)
+        if length != view.shape[dim]:
+            view = view.narrow(dim, start, length)
 
     return view
 

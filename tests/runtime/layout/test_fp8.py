@@ -189,6 +189,21 @@ def test_large_matrices_are_quantised_band_by_band(monkeypatch):
     check([fp8.quantised([part(whole, (0, 11), (0, 7))], block=(3, 2))], whole, (3, 2))
 
 
+@pytest.mark.gpu
+def test_a_gpu_quantises_to_the_same_bits():
+    whole = randoms(1, 1100, 700)
+    results = []
+    for device in ("cpu", "cuda"):
+        held = whole.to(device)
+        pair = fp8.quantised([part(held, (0, 1100), (0, 700))])
+        assert all(shard.view.device.type == device for shard in pair)
+        reads = [shard.view.read(Box((0, 0), shard.view.shape)).cpu() for shard in pair]
+        results.append([reads[0].view(torch.uint8), reads[1]])
+
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 # How the pair stands beside the original.
 
 

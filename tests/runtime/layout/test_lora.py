@@ -202,6 +202,15 @@ def test_quantised_bases_are_refused(dtype):
         merged([whole(NAME, base)], [adapter(NAME, integers(2, 2, 4), integers(3, 6, 2), scale=1.0)])
 
 
+@pytest.mark.gpu
+def test_a_gpu_merges_to_the_same_bits_where_sums_are_exact():
+    base, a, b = integers(1, 300, 200).cuda(), integers(2, 8, 200).cuda(), integers(3, 300, 8).cuda()
+    view = merged([whole(NAME, base)], [adapter(NAME, a, b, scale=0.5)])[0].view
+    assert view.device.type == "cuda"
+    got = view.read(Box((100, 50), (200, 150)))
+    assert torch.equal(got.cpu(), expected(base.cpu(), (a.cpu(), b.cpu(), 0.5))[100:, 50:])
+
+
 # Adapters on a module's own fused weight.
 
 
