@@ -10,6 +10,7 @@ checkpoint's names. Both come out as the same logical tensors, as views.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import get_args
 
 import torch
@@ -60,7 +61,7 @@ def checkpoint_shards(shards: Iterable[Shard], config: ModelConfig) -> list[Shar
 
     :raises LayoutError: for a logical tensor whose shape is not the one that ``config`` leads to
     """
-    logical = {tensor.name: tensor for tensor in logical_tensors(config)}
+    logical = _logical(config)
     parted = (part for shard in shards for part in _part(_renamed(shard, config), config))
     found: dict[tuple[object, ...], Shard] = {}
     for shard in parted:
@@ -68,6 +69,11 @@ def checkpoint_shards(shards: Iterable[Shard], config: ModelConfig) -> list[Shar
         found.setdefault((shard.name, *_memory(shard)), shard)
 
     return list(found.values())
+
+
+@lru_cache(maxsize=4)
+def _logical(config: ModelConfig) -> Mapping[str, LogicalTensor]:
+    return {tensor.name: tensor for tensor in logical_tensors(config)}
 
 
 def _state(model: torch.nn.Module | Mapping[str, torch.Tensor], *, buffers: bool) -> dict[str, torch.Tensor]:

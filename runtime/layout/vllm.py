@@ -9,7 +9,7 @@ worked out from the model's configuration and the engine's parallel sizes, and h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from wavecast.runtime.errors import LayoutError
@@ -106,11 +106,15 @@ def _spell(name: str) -> str:
 
 
 def _views(parameter: torch.Tensor, claim: EngineParameter) -> Iterator[Shard]:
+    """Yield a parameter's shards; one with a dim for the experts has a logical tensor's dims behind it."""
+    stacked = parameter.dim() > 2
+    units = parameter.unbind(0) if stacked else (parameter,)
     for slot in claim.slots:
-        leading = len(slot.start) - len(slot.box.extent)
-        view = parameter[slot.start[:leading]] if leading else parameter
-        for dim, (start, length) in enumerate(zip(slot.start[leading:], slot.box.extent, strict=True)):
-            view = view.narrow(dim, start, length)
+        view = units[slot.start[0]] if stacked else parameter
+        start = slot.start[1:] if stacked else slot.start
+        for dim, length in enumerate(slot.box.extent):
+            if view.shape[dim] != length:
+                view = view.narrow(dim, start[dim], length)
 
         yield Shard(slot.tensor, view, slot.box.offset, slot.global_shape)
 
@@ -123,22 +127,30 @@ def _mismatches(claims: Iterable[tuple[str, torch.Tensor, EngineParameter | None
             yield f"{name} of shape {shape} is none of the model's"
         elif shape != claim.shape:
             yield f"{name} has shape {shape} where {claim.shape} is expected"
+        elif parameter.element_size() == 1 and claim.dtype is None:
+            yield f"{name} is quantised ({parameter.dtype}), and fmt.scale_block does not say in which blocks"
 
 
 def _lacking(
-    claims: Iterable[tuple[str, torch.Tensor, EngineParameter | None]],
-    expected: Iterable[EngineParameter],
+    claims: Sequence[tuple[str, torch.Tensor, EngineParameter | None]],
+    expected: Collection[EngineParameter],
     rank: EngineRank,
     *,
     tied: bool,
 ) -> Iterator[str]:
     """Yield the expected parameters whose elements no live parameter holds, under whatever name."""
+    names = {_spell(name) for name, _, _ in claims}
+    if all(_spell(claim.name) in names for claim in expected):
+        return
+
     held: set[tuple[str, Box]] = {
         (slot.tensor, slot.box) for _, _, claim in claims if claim is not None for slot in claim.slots
     }
+    # A quantised engine may keep some layers as they are: those have no scales.
+    plain = {f"{_spell(name)}_scale_inv" for name, parameter, _ in claims if parameter.element_size() > 1}
     for claim in expected:
         lacks = any((slot.tensor, slot.box) not in held for slot in claim.slots)
-        if lacks and not _is_spare(claim, rank, tied=tied):
+        if lacks and _spell(claim.name) not in plain and not _is_spare(claim, rank, tied=tied):
             yield f"{claim.name} of shape {claim.shape} is missing"
 
 

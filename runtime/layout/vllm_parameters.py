@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from wavecast.runtime.errors import ConfigError
@@ -68,10 +68,13 @@ class EngineFormat:
     :ivar pp_layers: decoder layers of each pipeline stage in turn (vLLM: ``VLLM_PP_LAYER_PARTITION``); by default as
         even as possible, with the remainder to the last stages but one
     :ivar expert_placement: with expert parallelism, whether a rank has consecutive experts or every n-th
-    :ivar expert_slots: for a decoder layer, the expert in each of this rank's slots in turn, where an engine balances
-        them in its own way (redundant experts too); overrides ``expert_placement``
+    :ivar expert_slots: for each decoder layer of the model the experts in this rank's slots in turn (none where it has
+        none), where an engine balances them in its own way, with redundant ones too; overrides ``expert_placement``
     :ivar gate_first: ``w13_weight`` holds gate above up; ``False`` where the kernel wants up above gate (vLLM with
         FlashInfer's CUTLASS experts)
+    :ivar scale_block: rows and columns of the blocks that share a scale, where the linear layers and experts are
+        quantised: their weights are float8, and each has a ``weight_scale_inv`` (experts: ``w13_weight_scale_inv``,
+        ``w2_weight_scale_inv``) of one float32 a block; ``None`` where they are not
     :ivar whole_shared_experts: DeepSeek's shared experts are whole on every rank; by default what vLLM does: with
         expert parallelism and both tensor and data parallelism (its sequence-parallel experts)
     """
@@ -79,8 +82,9 @@ class EngineFormat:
     vocab_padding: int = 64
     pp_layers: tuple[int, ...] | None = None
     expert_placement: Literal["linear", "round_robin"] = "linear"
-    expert_slots: Mapping[int, Sequence[int]] = field(default_factory=lambda: MappingProxyType({}))
+    expert_slots: tuple[tuple[int, ...], ...] | None = None
     gate_first: bool = True
+    scale_block: tuple[int, int] | None = None
     whole_shared_experts: bool | None = None
 
 
@@ -127,12 +131,13 @@ def parameters(config: ModelConfig, rank: EngineRank, *, fmt: EngineFormat = VLL
     """
     Return the parameters that vLLM 0.33 holds on ``rank``, layer by layer.
 
-    Time and memory are linear in the model's logical tensors.
+    Time and memory are linear in the model's logical tensors; the last few answers are kept.
 
     :raises ConfigError: where the sizes do not divide as the engine demands: query heads, MLP widths and the padded
-        vocabulary by tensor parallelism, key and value heads by it or it by them
+        vocabulary by tensor parallelism, key and value heads by it or it by them; where blocks that share a scale are
+        cut in two
     """
-    return tuple(_Rules(config, rank, fmt).expected())
+    return _known(config, rank, fmt)[0]
 
 
 def alternatives(config: ModelConfig, rank: EngineRank, *, fmt: EngineFormat = VLLM) -> tuple[EngineParameter, ...]:
@@ -142,7 +147,16 @@ def alternatives(config: ModelConfig, rank: EngineRank, *, fmt: EngineFormat = V
     Embedding, final norm and head on any stage, a head of its own though the weights are tied, latent attention's
     compressing projections apart, biases that vLLM 0.33 leaves out.
     """
-    return tuple(_Rules(config, rank, fmt).others())
+    return _known(config, rank, fmt)[1]
+
+
+@lru_cache(maxsize=16)
+def _known(
+    config: ModelConfig, rank: EngineRank, fmt: EngineFormat
+) -> tuple[tuple[EngineParameter, ...], tuple[EngineParameter, ...]]:
+    """Return parameters and alternatives; every sync asks for them again."""
+    rules = _Rules(config, rank, fmt)
+    return tuple(_with_scales(rules.expected(), fmt)), tuple(_with_scales(rules.others(), fmt))
 
 
 class _Rules:
@@ -313,8 +327,8 @@ class _Rules:
         yield EngineParameter(f"{where}w2_weight", (len(held), hidden, width), tuple(down))
 
     def _held_experts(self, moe: MoeConfig, layer: int) -> Sequence[int]:
-        if layer in self._fmt.expert_slots:
-            held = self._fmt.expert_slots[layer]
+        if self._fmt.expert_slots is not None:
+            held = self._fmt.expert_slots[layer] if layer < len(self._fmt.expert_slots) else ()
             outside = [expert for expert in held if not 0 <= expert < moe.num_experts]
             if outside:
                 raise ConfigError(f"expert_slots of layer {layer} name {outside}, of {moe.num_experts} experts")
@@ -385,6 +399,44 @@ class _Rules:
         tensor = name if name in self._logical else "model.embed_tokens.weight"
         slot = Slot(tensor, (size, hidden), Box((start, 0), (held, hidden)), (0, 0))
         return EngineParameter(name, (rows, hidden), (slot,) if held else ())
+
+
+def _with_scales(claims: Iterable[EngineParameter], fmt: EngineFormat) -> Iterator[EngineParameter]:
+    """Yield each parameter, and after one that is quantised its scales."""
+    for claim in claims:
+        linear = "_proj" in claim.name and claim.name.endswith(".weight")
+        if fmt.scale_block is None or not (linear or claim.name.endswith(("w13_weight", "w2_weight"))):
+            yield claim
+        else:
+            yield replace(claim, dtype="float8_e4m3fn")
+            yield _scales(claim, fmt.scale_block)
+
+
+def _scales(claim: EngineParameter, block: tuple[int, int]) -> EngineParameter:
+    """Return the scales of a quantised parameter: its slots in blocks, each with those of the logical tensor."""
+    slots: list[Slot] = []
+    for slot in claim.slots:
+        start = slot.start[-2:]
+        ends = [(a + n) % size for a, n, size in zip(slot.box.offset, slot.box.extent, slot.global_shape, strict=True)]
+        if any(
+            at % size for numbers in (slot.box.offset, start, ends) for at, size in zip(numbers, block, strict=True)
+        ):
+            raise ConfigError(
+                f"blocks of {block[0]} x {block[1]} are cut in two where {claim.name} holds {slot.tensor} at offset "
+                f"{slot.box.offset} with extent {slot.box.extent}"
+            )
+
+        offset, start = _in_blocks(slot.box.offset, block), _in_blocks(start, block)
+        box = Box(offset, _in_blocks(slot.box.extent, block))
+        shape = _in_blocks(slot.global_shape, block)
+        slots.append(Slot(f"{slot.tensor}_scale_inv", shape, box, (*slot.start[:-2], *start)))
+
+    shape = (*claim.shape[:-2], *_in_blocks(claim.shape[-2:], block))
+    return EngineParameter(f"{claim.name}_scale_inv", shape, tuple(slots), "float32")
+
+
+def _in_blocks(sizes: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
+    return tuple(-(-size // unit) for size, unit in zip(sizes, block, strict=True))
 
 
 def _stage_layers(config: ModelConfig, rank: EngineRank, fmt: EngineFormat) -> range:

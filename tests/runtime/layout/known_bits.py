@@ -10,12 +10,12 @@ import torch
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.hf import logical_tensors
 
-__all__ = ("known_checkpoint", "known_tensor", "sha256_of")
+__all__ = ("known_checkpoint", "known_tensor", "quantised_checkpoint", "sha256_of")
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 #: By element size: bits that may be random; without the exponent's highest there is no NaN and no infinity.
-_RANDOM = {2: 0xBFFF, 4: 0xBFFFFFFF}
+_RANDOM = {1: 0xBF, 2: 0xBFFF, 4: 0xBFFFFFFF}
 
 
 def known_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -35,6 +35,18 @@ def known_checkpoint(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -
         )
         for tensor in logical_tensors(config)
     }
+
+
+def quantised_checkpoint(config: ModelConfig, block: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Return the checkpoint with float8 linear layers and experts, each with its scales, one a block."""
+    tensors = known_checkpoint(config)
+    for name, tensor in list(tensors.items()):
+        if name.endswith(".weight") and ("_proj" in name or ".experts." in name):
+            shape = tuple(-(-size // unit) for size, unit in zip(tensor.shape, block, strict=True))
+            tensors[name] = known_tensor(name, tuple(tensor.shape), torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = known_tensor(f"{name}_scale_inv", shape, torch.float32)
+
+    return tensors
 
 
 def sha256_of(tensor: torch.Tensor) -> str:

@@ -2,7 +2,8 @@
 Remake ``golden/vllm.json``: what vLLM's own loader makes of small checkpoints, rank by rank.
 
 Each case builds vLLM's model class on this CPU in one process a rank (gloo; no engine and no forward pass), lets it
-load a checkpoint of known bits, and writes down every parameter's name, shape, dtype and hash. Run it from the
+load a checkpoint of known bits, and writes down every parameter's name, shape, dtype and hash. Then it zeroes the live
+module, brings it the checkpoint through the shards that the adapter finds in it, and compares. Run it from the
 repository's root in an environment with torch, vLLM 0.33 and this package, for all cases or those whose names begin
 as given: ``python -m tests.runtime.layout.remake_vllm_golden [CASE ...]``.
 """
@@ -19,10 +20,13 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.runtime.layout.known_bits import known_checkpoint, sha256_of
+from tests.runtime.layout.moving import move
 from wavecast.runtime.layout.config import ModelConfig
+from wavecast.runtime.layout.shard import Shard
+from wavecast.runtime.layout.vllm import EngineFormat, shards
 
 GOLDEN = Path(__file__).with_name("golden") / "vllm.json"
 
@@ -93,13 +97,15 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the engine's parallel sizes."""
+    """A model, the engine's parallel sizes, and environment variables that change what vLLM builds."""
 
     config: dict[str, object]
     tp: int = 1
     pp: int = 1
     dp: int = 1
     ep: bool = False
+    pp_layers: tuple[int, ...] | None = None
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 CASES: dict[str, Case] = {
@@ -108,6 +114,7 @@ CASES: dict[str, Case] = {
         {**LLAMA, "num_hidden_layers": 3, "tie_word_embeddings": True}, tp=2, pp=2
     ),
     "llama tp1 pp3, four layers": Case({**LLAMA, "num_hidden_layers": 4}, pp=3),
+    "llama pp2, layers as given": Case({**LLAMA, "num_hidden_layers": 4}, pp=2, pp_layers=(1, 3)),
     "mistral tp2": Case(MISTRAL, tp=2),
     "qwen2 tp4, two kv heads, tied, a rank without vocabulary": Case(
         {**QWEN2, "vocab_size": 70, "tie_word_embeddings": True}, tp=4
@@ -128,27 +135,27 @@ CASES: dict[str, Case] = {
     "deepseek_v3 tp2 ep": Case(DEEPSEEK, tp=2, ep=True),
     "deepseek_v3 tp2 dp2 ep": Case(DEEPSEEK, tp=2, dp=2, ep=True),
     "deepseek_v3 pp2, queries uncompressed": Case({**DEEPSEEK, "q_lora_rank": None}, pp=2),
+    "deepseek_v3 tp2, plain attention": Case(DEEPSEEK, tp=2, environment=(("VLLM_MLA_DISABLE", "1"),)),
 }
 
 
 def load(rank: int, case: Case, port: int, folder: str) -> None:
     """Build and load the model as worker ``rank`` (dp slowest, then pp, then tp); write its parameters down."""
-    os.environ.update(VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
+    os.environ.update(VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", **dict(case.environment))
+    if case.pp_layers is not None:
+        os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, case.pp_layers))
+
     # Let vLLM take this machine for a CPU, whatever its wheel was built for.
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
 
     vllm.platforms._current_platform = CpuPlatform()
-    from safetensors.torch import load_file
-    from vllm.config import DeviceConfig, ModelConfig, ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm import config as settings
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.models import ModelRegistry
 
     dp_rank, local = divmod(rank, case.tp * case.pp)
-    model_config = ModelConfig(
-        model=folder, tokenizer=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=64
-    )
-    parallel = ParallelConfig(
+    parallel = settings.ParallelConfig(
         tensor_parallel_size=case.tp,
         pipeline_parallel_size=case.pp,
         data_parallel_size=case.dp,
@@ -159,66 +166,91 @@ def load(rank: int, case: Case, port: int, folder: str) -> None:
     parallel.data_parallel_master_ip = "127.0.0.1"
     parallel.data_parallel_master_port = port
     parallel._data_parallel_master_port_list = [port]
-    config = VllmConfig(model_config=model_config, parallel_config=parallel, device_config=DeviceConfig("cpu"))
-    with set_current_vllm_config(config):
+    model_config = settings.ModelConfig(
+        model=folder, tokenizer=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=64
+    )
+    config = settings.VllmConfig(
+        model_config=model_config, parallel_config=parallel, device_config=settings.DeviceConfig("cpu")
+    )
+    with settings.set_current_vllm_config(config):
         init_distributed_environment(case.tp * case.pp, local, f"tcp://127.0.0.1:{port}", local, "gloo")
         initialize_model_parallel(case.tp, case.pp)
         torch.set_default_dtype(torch.bfloat16)
         model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures, model_config=model_config)
         model = model_class(vllm_config=config)
-        loaded = model.load_weights(iter(load_file(str(Path(folder) / "model.safetensors")).items()))
+        loaded = model.load_weights(iter(load_file(Path(folder) / "model.safetensors").items()))
 
-    parameters = dict(model.named_parameters())
-    known = loaded is None or set(parameters) <= set(loaded)
-    summary = {
-        "complete": known,
-        "parameters": {
-            name: [
-                "x".join(map(str, parameter.shape)),
-                str(parameter.dtype).removeprefix("torch."),
-                sha256_of(parameter),
-            ]
-            for name, parameter in parameters.items()
-        },
-    }
+    named = dict(model.named_parameters())
+    unknown = set() if loaded is None else set(named) - set(loaded)
+    if unknown:
+        raise SystemExit(f"vLLM left parameters of rank {rank} as they were: {sorted(unknown)}")
+
+    summary = {name: summarise(parameter) for name, parameter in named.items()}
+    sync_into(named, case)
+    again = {name: summarise(parameter) for name, parameter in named.items()}
+    if again != summary:
+        differing = [name for name in named if again[name] != summary[name]]
+        raise SystemExit(f"a sync into the live module of rank {rank} leaves other bits in {differing}")
+
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(summary), encoding="ascii")
+
+
+def summarise(parameter: torch.Tensor) -> list[str]:
+    """Return shape, dtype and hash."""
+    return ["x".join(map(str, parameter.shape)), str(parameter.dtype).removeprefix("torch."), sha256_of(parameter)]
+
+
+def sync_into(named: dict[str, torch.Tensor], case: Case) -> None:
+    """Zero a live module's parameters, then bring it the checkpoint; its place is asked of vLLM's own groups."""
+    from vllm.distributed import get_dp_group, get_pp_group, get_tp_group
+
+    config = ModelConfig.from_dict(case.config)
+    tp, pp, dp = get_tp_group(), get_pp_group(), get_dp_group()
+    for parameter in named.values():
+        parameter.data.zero_()
+
+    live = shards(
+        named,
+        config,
+        tp_rank=tp.rank_in_group,
+        tp_size=tp.world_size,
+        pp_rank=pp.rank_in_group,
+        pp_size=pp.world_size,
+        dp_rank=dp.rank_in_group,
+        dp_size=dp.world_size,
+        expert_parallel=case.ep,
+        fmt=EngineFormat(pp_layers=case.pp_layers),
+    )
+    whole = [
+        Shard(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape))
+        for name, tensor in known_checkpoint(config).items()
+    ]
+    move([whole], [live])
 
 
 def run(case: Case) -> list[dict[str, list[str]]]:
     """Return each rank's parameters."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-        probe.close()
+
+    world = case.tp * case.pp * case.dp
+    with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(case.config), encoding="ascii")
-        save_file(known_checkpoint(ModelConfig.from_dict(case.config)), str(Path(folder) / "model.safetensors"))
-        world = case.tp * case.pp * case.dp
+        save_file(known_checkpoint(ModelConfig.from_dict(case.config)), Path(folder) / "model.safetensors")
         torch.multiprocessing.spawn(load, args=(case, port, folder), nprocs=world)
-        summaries = [json.loads((Path(folder) / f"rank{rank}.json").read_text("ascii")) for rank in range(world)]
-
-    for rank, summary in enumerate(summaries):
-        if not summary["complete"]:
-            raise SystemExit(f"vLLM left parameters of rank {rank} as they were")
-
-    return [summary["parameters"] for summary in summaries]
+        return [json.loads((Path(folder) / f"rank{rank}.json").read_text("ascii")) for rank in range(world)]
 
 
 def main(argv: list[str]) -> None:
-    """Write the file; cases not asked for stay as they are."""
+    """Write the file, case by case; those not asked for stay as they are."""
     golden = json.loads(GOLDEN.read_text("ascii")) if GOLDEN.exists() else {}
     for name, case in CASES.items():
         if not argv or name.startswith(tuple(argv)):
-            golden[name] = {
-                "config": case.config,
-                "tp": case.tp,
-                "pp": case.pp,
-                "dp": case.dp,
-                "ep": case.ep,
-                "ranks": run(case),
-            }
-
-    lines = [f"{json.dumps(name)}: {json.dumps(golden[name])}" for name in CASES if name in golden]
-    GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="ascii")
+            sizes = {"tp": case.tp, "pp": case.pp, "dp": case.dp, "ep": case.ep, "pp_layers": case.pp_layers}
+            golden[name] = {"config": case.config, **sizes, "ranks": run(case)}
+            lines = [f"{json.dumps(name)}: {json.dumps(golden[name])}" for name in CASES if name in golden]
+            GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="ascii")
 
 
 if __name__ == "__main__":
