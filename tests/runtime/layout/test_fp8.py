@@ -190,6 +190,7 @@ def test_large_matrices_are_quantised_band_by_band(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_quantises_to_the_same_bits():
     whole = randoms(1, 1100, 700)
     results = []

@@ -203,6 +203,7 @@ def test_quantised_bases_are_refused(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_merges_to_the_same_bits_where_sums_are_exact():
     base, a, b = integers(1, 300, 200).cuda(), integers(2, 8, 200).cuda(), integers(3, 300, 8).cuda()
     view = merged([whole(NAME, base)], [adapter(NAME, a, b, scale=0.5)])[0].view
