@@ -159,6 +159,7 @@ def _random(rows: Sequence[Row]) -> str:
         "most_actors",
         "worst_uncut_gap",
         "worst_gap",
+        "worst_over_possible",
         "median_gap",
         "share_within_5_percent",
         "worst_waves_over_bound",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wavecast.scheduler.ports import TaskGraph
 
-__all__ = ("Bound", "lower_bound", "uncut_nbytes", "least_span")
+__all__ = ("Bound", "lower_bound", "uncut_nbytes", "least_span", "divisible_nbytes")
 
 # Triangles are looked for up to so many (pairs of neighbours of a port).
 _TRIANGLE_PAIRS = 2_000_000
@@ -35,8 +36,11 @@ def lower_bound(graph: TaskGraph) -> Bound:
     graphs with too many.
     """
     waves = max(max(graph.degrees(), default=0), max(graph.depths(), default=-1) + 1)
+    rooms = _part_room(graph)
+    packed = max((-(-count // beside) for _, beside, count, _ in rooms), default=0)
+    crowded = max((large for *_, large in rooms), default=0)
     return Bound(
-        waves=max(waves, *_part_bounds(graph), _triangle_bound(graph)),
+        waves=max(waves, packed, crowded, _triangle_bound(graph, [1] * len(graph.ports))),
         nbytes=max(graph.loads(), default=0),
     )
 
@@ -79,7 +83,23 @@ def least_span(graph: TaskGraph, *, waves: int) -> int:
     return uncut_nbytes(graph) + more * min(graph.nbytes, default=0)
 
 
-def _part_bounds(graph: TaskGraph) -> tuple[int, int]:
+def divisible_nbytes(graph: TaskGraph) -> int:
+    """
+    Return what the sum over the waves of the largest task cannot go below, even if tasks may be cut anywhere.
+
+    The busiest port's bytes; in a connected part, all its bytes over the most tasks that fit beside each other; and the
+    bytes of one-to-one tasks within three ports. O(memberships); triangles are given up on graphs with too many.
+    """
+    nbytes: dict[int, int] = {}
+    for task, root in enumerate(_parts(graph)):
+        nbytes[root] = nbytes.get(root, 0) + graph.nbytes[task]
+
+    packed = max((-(-nbytes[root] // beside) for root, beside, _, _ in _part_room(graph)), default=0)
+    return max(packed, _triangle_bound(graph, graph.nbytes), *graph.loads(), 0)
+
+
+def _parts(graph: TaskGraph) -> list[int]:
+    """Return for each task a port that stands for its connected part."""
     parent = list(range(graph.n_ports))
 
     def find(port: int) -> int:
@@ -94,39 +114,43 @@ def _part_bounds(graph: TaskGraph) -> tuple[int, int]:
         for port in ports[1:]:
             parent[find(port)] = root
 
-    room: dict[int, int] = {}
-    for port in range(graph.n_ports):
-        root = find(port)
-        room[root] = room.get(root, 0) + 1
+    return [find(ports[0]) for ports in graph.ports]
 
+
+def _part_room(graph: TaskGraph) -> list[tuple[int, int, int, int]]:
+    """Return (root, most tasks beside each other, tasks, tasks that take more than half the ports) of each part."""
+    roots = _parts(graph)
+    seen: dict[int, set[int]] = {}
     sizes: dict[int, list[int]] = {}
-    for ports in graph.ports:
-        sizes.setdefault(find(ports[0]), []).append(len(ports))
+    for ports, root in zip(graph.ports, roots, strict=True):
+        seen.setdefault(root, set()).update(ports)
+        sizes.setdefault(root, []).append(len(ports))
 
-    packed = crowded = 0
+    found: list[tuple[int, int, int, int]] = []
     for root, members in sizes.items():
+        room = len(seen[root])
         members.sort()
         taken = beside = 0
         for size in members:
             taken += size
-            if taken > room[root]:
+            if taken > room:
                 break
 
             beside += 1
 
-        packed = max(packed, -(-len(members) // beside))
-        crowded = max(crowded, sum(2 * size > room[root] for size in members))
+        found.append((root, beside, len(members), sum(2 * size > room for size in members)))
 
-    return packed, crowded
+    return found
 
 
-def _triangle_bound(graph: TaskGraph) -> int:
+def _triangle_bound(graph: TaskGraph, weights: Sequence[int]) -> int:
+    """Return the most weight of one-to-one tasks within any three ports: they all share a port with each other."""
     between: list[dict[int, int]] = [{} for _ in range(graph.n_ports)]
-    for ports in graph.ports:
+    for ports, weight in zip(graph.ports, weights, strict=True):
         if len(ports) == 2:
             a, b = ports
-            between[a][b] = between[a].get(b, 0) + 1
-            between[b][a] = between[b].get(a, 0) + 1
+            between[a][b] = between[a].get(b, 0) + weight
+            between[b][a] = between[b].get(a, 0) + weight
 
     if sum(len(neighbours) ** 2 for neighbours in between) > _TRIANGLE_PAIRS:
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from wavecast.scheduler.bounds import lower_bound, uncut_nbytes
+from wavecast.scheduler.bounds import divisible_nbytes, lower_bound, uncut_nbytes
 from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.konig import is_bipartite
 from wavecast.scheduler.openshop import open_shop
@@ -14,6 +14,9 @@ from wavecast.scheduler.schedule import Schedule, gather, plan_waves
 from wavecast.scheduler.task import Task
 
 __all__ = ("chunk_sizes", "Cut", "Division", "plan_divisible", "plan_preemptive")
+
+# So many times a size that first fit cannot do with is tried with a strategy that searches.
+_SEARCHES = 5
 
 
 def chunk_sizes(nbytes: int, *, chunk_bytes: int, min_chunk_bytes: int = 1) -> tuple[int, ...]:
@@ -77,8 +80,11 @@ def plan_divisible(
     Cut tasks into chunks of equal bytes, no smaller than needed, and sort the chunks into waves.
 
     Starts with whole tasks and takes a quarter off the chunk size until the sum of the waves' largest chunks is within
-    ``max_gap`` of the busiest port's bytes, or chunks would fall below ``min_chunk_bytes``; then the best schedule met
-    is kept. Sizes whose :func:`~wavecast.scheduler.bounds.uncut_nbytes` shows that no colouring can do are skipped.
+    ``max_gap`` of what no cutting can go below (:func:`~wavecast.scheduler.bounds.divisible_nbytes`; mostly the busiest
+    port's bytes), or chunks would fall below ``min_chunk_bytes``; then the best schedule met is kept. Sizes between
+    whose
+    :func:`~wavecast.scheduler.bounds.uncut_nbytes` shows that no colouring can do are skipped. A size is tried with
+    ``largest_first``, which is fast and often enough, then with ``strategy``: that up to five times.
 
     A piece comes after all pieces of the tasks that its task comes after.
 
@@ -87,23 +93,29 @@ def plan_divisible(
     """
     tasks = tuple(tasks)
     graph = build_graph(tasks, ports)
-    goal = max_gap * lower_bound(graph).nbytes
-    best: Division | None = None
+    goal = max_gap * divisible_nbytes(graph)
+    best = Division(plan_waves(()), ())
     chunk_bytes = max(graph.nbytes, default=0)
+    searches = 0
     while True:
         last = chunk_bytes < 4 * min_chunk_bytes // 3
-        if best is None or last or uncut_nbytes(graph, chunk_bytes=chunk_bytes) <= goal:
+        if not best.cuts or last or uncut_nbytes(graph, chunk_bytes=chunk_bytes) <= goal:
             sizes = [
                 chunk_sizes(nbytes, chunk_bytes=max(chunk_bytes, 1), min_chunk_bytes=min_chunk_bytes)
                 for nbytes in graph.nbytes
             ]
             pieces, cuts = _cut(tasks, sizes)
-            schedule = plan_waves(pieces, strategy=strategy, ports=ports)
-            if best is None or schedule.gap < best.schedule.gap:
-                best = Division(schedule, cuts)
+            for way in ("largest_first", strategy)[: 2 if searches < _SEARCHES else 1]:
+                schedule = plan_waves(pieces, strategy=way, ports=ports)
+                searches += way == strategy
+                if not best.cuts or schedule.gap < best.schedule.gap:
+                    best = Division(schedule, cuts)
 
-            if last or schedule.makespan_bytes <= goal:
-                return best
+                if schedule.makespan_bytes <= goal:
+                    return best
+
+        if last:
+            return best
 
         chunk_bytes = chunk_bytes * 3 // 4
 

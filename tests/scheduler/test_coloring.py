@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wavecast.scheduler import STRATEGIES, PortModel, Task, plan_waves, verify
-from wavecast.scheduler.bounds import lower_bound, uncut_nbytes
+from wavecast.scheduler.bounds import divisible_nbytes, least_span, lower_bound, uncut_nbytes
 from wavecast.scheduler.konig import is_bipartite
 from wavecast.scheduler.ports import TaskGraph, build_graph
 
@@ -166,13 +166,36 @@ def test_bounds_hold_and_small_plans_are_met(data: st.DataObject, ports: PortMod
     least = least_span_by_trying(graph)
 
     assert lower_bound(graph).waves <= fewest
-    assert max(graph.loads(), default=0) <= uncut_nbytes(graph) <= least
+    assert max(graph.loads(), default=0) <= uncut_nbytes(graph) <= least_span(graph, waves=fewest) <= least
+    assert divisible_nbytes(graph) <= least
     for strategy in STRATEGIES:
         schedule = plan_waves(tasks, strategy=strategy, ports=ports)
         assert len(schedule.waves) >= fewest
         assert schedule.makespan_bytes >= least
 
     assert waves_of(tasks, "edge_coloring", ports) == fewest
+
+
+def test_bounds_by_hand() -> None:
+    triangle = build_graph([*one_to_one([(0, 1), (1, 2), (2, 0)], 5), Task(3, (3,), (4,), 8)], "half")
+    assert (lower_bound(triangle).waves, lower_bound(triangle).nbytes) == (3, 10)
+    assert (divisible_nbytes(triangle), uncut_nbytes(triangle), least_span(triangle, waves=3)) == (15, 13, 18)
+
+    five = build_graph(one_to_one([(a, b) for a in range(5) for b in range(a)], 2), "half")
+    assert (lower_bound(five).waves, divisible_nbytes(five), uncut_nbytes(five)) == (5, 10, 8)
+
+    wide = build_graph([Task(id, (id,), (5, 6, 7, 8), 3) for id in range(3)], "half")
+    assert (lower_bound(wide).waves, divisible_nbytes(wide)) == (3, 9)
+
+    chain = build_graph([Task(id, (2 * id,), (2 * id + 1,), 1, (id - 1,) if id else ()) for id in range(4)], "half")
+    assert lower_bound(chain).waves == 4
+
+    # Largest of any port: 9, then 4 of the second sender, then 1.
+    uneven = build_graph(
+        [Task(0, (0,), (2,), 9), Task(1, (1,), (3,), 5), Task(2, (1,), (4,), 4), Task(3, (1,), (2,), 1)], "half"
+    )
+    assert uncut_nbytes(uneven) == 14
+    assert uncut_nbytes(uneven, chunk_bytes=5) == 5 + 5 + 1
 
 
 @pytest.mark.parametrize("seed", range(6))
