@@ -49,7 +49,7 @@ class Connection:
             await self._connect(preparation, transport, run, seconds)
 
         if self._digest != preparation.digest:
-            await self._actors.ask_all({program.actor: Load(run, program) for program in preparation.programs}, Done)
+            await self._actors.ask_all({program.actor: Load(run, program) for program in preparation.packed}, Done)
             self._digest = preparation.digest
 
         return not fits

@@ -291,7 +291,9 @@ class ParameterSyncGroup:
         began = [replies[actor] for actor in range(len(self._actors))]
         holders = {reply.digest: actor for actor, reply in enumerate(began) if reply.digest not in self._layouts}
         described = await self._actors.ask_all(dict.fromkeys(holders.values(), Describe(state.run)), Described)
-        self._layouts.update({digest: described[actor].layout for digest, actor in holders.items()})
+        for digest, actor in holders.items():
+            self._layouts[digest] = await anyio.to_thread.run_sync(described[actor].layout)
+
         current = {reply.digest for reply in began}
         self._layouts = {digest: layout for digest, layout in self._layouts.items() if digest in current}
         return began

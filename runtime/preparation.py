@@ -12,7 +12,7 @@ from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
 from wavecast.runtime.plan.tasks import build_tasks
-from wavecast.runtime.transfer.program import Program, compile_programs
+from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
 from wavecast.scheduler import Schedule, plan_waves, verify
 
 __all__ = ("Only", "Preparation", "prepare", "select_names", "choose_transport")
@@ -27,6 +27,7 @@ class Preparation:
     A plan made ready to run.
 
     :ivar digest: of plan and schedule; all actors' programs carry it
+    :ivar programs: one an actor, and ``packed`` the same ready to be sent
     :ivar step_of: by actor, then by task id: the task's position in that actor's program
     :ivar groups: sorted actor sets of three or more that broadcast among themselves, in schedule order
     :ivar edges: sender and receiver of one-to-one tasks, in schedule order
@@ -38,6 +39,7 @@ class Preparation:
     schedule: Schedule
     digest: str
     programs: tuple[Program, ...]
+    packed: tuple[PackedProgram, ...]
     step_of: tuple[dict[int, int], ...]
     groups: tuple[tuple[int, ...], ...]
     edges: tuple[tuple[int, int], ...]
@@ -82,6 +84,7 @@ def prepare(
         schedule=schedule,
         digest=digest,
         programs=programs,
+        packed=pack_programs(programs),
         step_of=step_of,
         groups=tuple(dict.fromkeys(many)),
         edges=tuple(dict.fromkeys(one)),

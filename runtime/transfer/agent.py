@@ -155,7 +155,7 @@ class Agent:
                 epoch = self._epoch
                 return self._lane.submit(lambda: self._connect(request, host, epoch))
             case Load():
-                return self._lane.submit(lambda: self._load(request.program))
+                return self._lane.submit(lambda: self._load(request.program.unpack()))
             case Finish():
                 return self._lane.submit(lambda: self._finish(request))
             case Probe():
@@ -173,7 +173,7 @@ class Agent:
                 return self._begin(request, host)
             case Describe():
                 self._current(request.run)
-                return Described(self._layout)
+                return Described.of(self._layout)
             case HostStore():
                 store, port = host_store(host.address(), seconds=request.seconds)
                 self._stores = {request.connection: store}

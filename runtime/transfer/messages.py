@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 
 from wavecast.runtime.layout.shard import Layout, Place
-from wavecast.runtime.transfer.program import Program
+from wavecast.runtime.transfer.program import PackedProgram
 
 __all__ = (
     "Request",
@@ -32,6 +33,10 @@ __all__ = (
     "Done",
     "Failure",
 )
+
+
+#: Pieces a part: a few milliseconds to unpickle.
+_PART_PIECES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,7 @@ class Load:
     """Hands over an actor's program, once a plan."""
 
     run: str
-    program: Program
+    program: PackedProgram
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +185,28 @@ class Began:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What the actor holds; its place is left out."""
+    """
+    What the actor holds; its place is left out.
 
-    layout: Layout
+    :ivar parts: pickled tuples of pieces, in order: unpickling a large layout at once would hold up the driver's loop
+    """
+
+    parts: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, layout: Layout) -> Described:
+        """Return the message that says ``layout``."""
+        pieces = layout.pieces
+        return cls(
+            tuple(
+                pickle.dumps(pieces[start : start + _PART_PIECES], protocol=pickle.HIGHEST_PROTOCOL)
+                for start in range(0, len(pieces), _PART_PIECES)
+            )
+        )
+
+    def layout(self) -> Layout:
+        """Return what it says."""
+        return Layout(tuple(piece for part in self.parts for piece in pickle.loads(part)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +13,18 @@ from wavecast.runtime.plan.route import Route
 from wavecast.runtime.plan.tasks import task_routes
 from wavecast.scheduler import Schedule
 
-__all__ = ("ALIGNMENT", "Cut", "Step", "Program", "Bucket", "Placed", "compile_programs", "fill_buckets")
+__all__ = (
+    "ALIGNMENT",
+    "Cut",
+    "Step",
+    "Program",
+    "PackedProgram",
+    "Bucket",
+    "Placed",
+    "compile_programs",
+    "pack_programs",
+    "fill_buckets",
+)
 
 #: Every cut starts at a multiple of this many bytes of its bucket, so that it can be viewed in its own dtype.
 ALIGNMENT = 16
@@ -72,6 +84,26 @@ class Program:
     steps: tuple[Step, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PackedProgram:
+    """
+    A program ready to be sent: a step is pickled once for all its members, and off the event loop.
+
+    :ivar steps: each a pickled :class:`Step`, so that no single piece of work is long
+    """
+
+    digest: str
+    actor: int
+    bucket_bytes: int
+    checksum: bool
+    steps: tuple[bytes, ...]
+
+    def unpack(self) -> Program:
+        """Return the program."""
+        steps = tuple(pickle.loads(step) for step in self.steps)
+        return Program(self.digest, self.actor, self.bucket_bytes, self.checksum, steps)
+
+
 class Placed(NamedTuple):
     """A cut and the byte at which it starts in its bucket."""
 
@@ -103,6 +135,21 @@ def compile_programs(
                 steps[member].append(step)
 
     return tuple(Program(digest, actor, bucket_bytes, checksum, tuple(own)) for actor, own in enumerate(steps))
+
+
+def pack_programs(programs: Iterable[Program]) -> tuple[PackedProgram, ...]:
+    """Return ``programs`` ready to be sent."""
+    pickled: dict[int, bytes] = {}
+    packed: list[PackedProgram] = []
+    for program in programs:
+        for step in program.steps:
+            if step.task not in pickled:
+                pickled[step.task] = pickle.dumps(step, protocol=pickle.HIGHEST_PROTOCOL)
+
+        steps = tuple(pickled[step.task] for step in program.steps)
+        packed.append(PackedProgram(program.digest, program.actor, program.bucket_bytes, program.checksum, steps))
+
+    return tuple(packed)
 
 
 def fill_buckets(cuts: Iterable[Cut], *, bucket_bytes: int) -> tuple[Bucket, ...]:
