@@ -25,7 +25,7 @@ from tests.runtime.layout.megatron_configs import (
     QWEN3_MOE,
     TIED,
 )
-from tests.runtime.layout.megatron_models import Parallel, build, fake_rank, logits
+from tests.runtime.layout.megatron_models import BEFORE_0_19, Parallel, build, fake_rank, logits
 from tests.runtime.layout.megatron_whole import whole_shards
 from tests.runtime.layout.moving import move
 from wavecast.runtime.layout.config import ModelConfig
@@ -59,6 +59,9 @@ CASES = {
     "deepseek": ({**DEEPSEEK, **ROUTING}, GROUPED),
     "deepseek without compressed queries": ({**DEEPSEEK, **ROUTING, "q_lora_rank": None}, GROUPED),
 }
+
+if not BEFORE_0_19:
+    del CASES["deepseek without compressed queries"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -71,4 +71,4 @@ def is_moe(mapping: Config, layer: int) -> bool:
     if not num_experts(mapping) or layer in mapping.get("mlp_only_layers", ()):
         return False
 
-    return (layer + 1) % mapping.get("decoder_sparse_step", 1) == 0
+    return bool((layer + 1) % mapping.get("decoder_sparse_step", 1) == 0)

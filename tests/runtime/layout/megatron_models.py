@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,27 +14,24 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what is not installed, and what is deprecated
     from megatron.core import parallel_state
+    from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig, multi_latent_attention
     from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.moe import grouped_gemm_util, moe_utils
-    from megatron.core.transformer.moe.experts import GroupedMLP, TEGroupedMLP
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.moe import experts, moe_utils
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from tests.runtime.layout.megatron_configs import Config, is_moe, num_experts
-from tests.runtime.layout.megatron_stand_ins import (
-    CoreAttention,
-    Duplicated,
-    GroupedColumn,
-    GroupedRow,
-    Norm,
-    NormedColumnParallel,
-)
+from tests.runtime.layout.megatron_stand_ins import CoreAttention, Duplicated, GroupedExperts
 
-__all__ = ("Parallel", "build", "fake_rank", "logits", "padded", "real_rank")
+__all__ = ("BEFORE_0_19", "Parallel", "build", "fake_rank", "logits", "padded", "real_rank")
+
+
+#: Later releases have no ``GroupedMLP``, and build latent attention without compressed queries only with Transformer
+#: Engine's norms.
+BEFORE_0_19 = hasattr(experts, "GroupedMLP")
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,8 @@ def build(mapping: Config, parallel: Parallel) -> list[GPTModel]:
         warnings.catch_warnings(),
         mock.patch("torch.cuda.current_device", return_value="cpu"),
         mock.patch.object(multi_latent_attention, "TELinear", Duplicated),
-        mock.patch.object(grouped_gemm_util, "assert_grouped_gemm_is_available"),
+        mock.patch.object(LocalSpecProvider, "core_attention", return_value=CoreAttention),
+        mock.patch.object(experts, "gg", mock.NonCallableMagicMock(unsafe=True), create=True),
     ):
         warnings.simplefilter("ignore")
         config = _transformer_config(mapping, parallel)
@@ -126,9 +123,10 @@ def build(mapping: Config, parallel: Parallel) -> list[GPTModel]:
 
 def _chunk(mapping: Config, parallel: Parallel, config: TransformerConfig, chunk: int) -> GPTModel:
     stage = chunk if parallel.vpp else None
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage)
     model = Model(
         config,
-        _block(config, parallel, stage),
+        spec,
         vocab_size=padded(mapping, parallel),
         max_sequence_length=16,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -137,6 +135,13 @@ def _chunk(mapping: Config, parallel: Parallel, config: TransformerConfig, chunk
         position_embedding_type="rope",
         vp_stage=stage,
     )
+    for layer in model.decoder.layers:
+        if parallel.fused_norms:
+            _fuse_norms(layer)
+
+        if hasattr(layer.mlp, "experts"):
+            _keep_experts(layer.mlp, parallel.experts)
+
     for parameter in model.parameters():
         parameter.data = parameter.data.to(config.params_dtype)
 
@@ -149,45 +154,30 @@ def padded(mapping: Config, parallel: Parallel) -> int:
     return -(-mapping["vocab_size"] // multiple) * multiple
 
 
-def _block(config: TransformerConfig, parallel: Parallel, stage: int | None) -> TransformerBlockSubmodules:
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[_layer(layer, parallel) for layer in spec.layer_specs], layer_norm=Norm
-    )
+def _fuse_norms(layer: torch.nn.Module) -> None:
+    """Keep norms as Transformer Engine does: in the linear modules behind them, latent projections whole."""
+    attention = layer.self_attention
+    if hasattr(attention, "linear_qkv"):
+        attention.linear_qkv.layer_norm_weight, layer.input_layernorm = layer.input_layernorm.weight, IdentityOp()
+    else:
+        attention.linear_q_up_proj.layer_norm_weight = attention.q_layernorm.weight
+        attention.linear_kv_up_proj.layer_norm_weight = attention.kv_layernorm.weight
+        attention.q_layernorm = attention.kv_layernorm = IdentityOp()
+        for name in ("linear_q_down_proj", "linear_kv_down_proj"):
+            linear = getattr(attention, name)
+            setattr(attention, name, Duplicated(linear.input_size, linear.output_size))
+
+    if hasattr(layer.mlp, "linear_fc1"):
+        layer.mlp.linear_fc1.layer_norm_weight, layer.pre_mlp_layernorm = layer.pre_mlp_layernorm.weight, IdentityOp()
 
 
-def _layer(spec: ModuleSpec, parallel: Parallel) -> ModuleSpec:
-    """Return the layer with norms of our own, and with experts and norms kept in the way asked for."""
-    spec = copy.deepcopy(spec)
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
-    attention.core_attention = CoreAttention
-    for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
-        if getattr(attention, name, IdentityOp) not in (IdentityOp, None):
-            setattr(attention, name, Norm)
-
-    moe = hasattr(layer.mlp.submodules, "experts")
-    if parallel.fused_norms:
-        if hasattr(attention, "linear_qkv"):
-            attention.linear_qkv, layer.input_layernorm = NormedColumnParallel, IdentityOp
-        else:
-            attention.linear_q_up_proj = attention.linear_kv_up_proj = NormedColumnParallel
-            attention.linear_q_down_proj = attention.linear_kv_down_proj = Duplicated
-            attention.q_layernorm = attention.kv_layernorm = IdentityOp
-
-        if not moe:
-            layer.mlp.submodules.linear_fc1, layer.pre_mlp_layernorm = NormedColumnParallel, IdentityOp
-
-        layer.sharded_state_dict_keys_map = {}
-
-    if moe and parallel.experts == "te":
-        experts = copy.copy(layer.mlp.submodules.experts.submodules)
-        experts.linear_fc1, experts.linear_fc2 = GroupedColumn, GroupedRow
-        layer.mlp.submodules.experts = ModuleSpec(module=TEGroupedMLP, submodules=experts)
-    elif moe and parallel.experts == "grouped":
-        layer.mlp.submodules.experts = ModuleSpec(module=GroupedMLP)
-
-    return spec
+def _keep_experts(moe: torch.nn.Module, kind: str) -> None:
+    """Keep a layer's experts in one of the other ways there are."""
+    if kind == "te":
+        moe.experts = GroupedExperts(moe.experts)
+    elif kind == "grouped":
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        moe.experts = experts.GroupedMLP(len(moe.local_expert_indices), moe.config, groups)
 
 
 def _transformer_config(mapping: Config, parallel: Parallel) -> TransformerConfig:
@@ -223,7 +213,6 @@ def _transformer_config(mapping: Config, parallel: Parallel) -> TransformerConfi
         "virtual_pipeline_model_parallel_size": parallel.vpp,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp,
-        "sequence_parallel": parallel.tp > 1 and num_experts(mapping) > 0,
     }
     if num_experts(mapping):
         options |= _moe_options(mapping)

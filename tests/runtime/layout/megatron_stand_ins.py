@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what is not installed, and what is deprecated
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-__all__ = ("CoreAttention", "Duplicated", "GroupedColumn", "GroupedRow", "Norm", "NormedColumnParallel")
-
-
-class Norm(torch.nn.Module):
-    """An RMS norm that does not mind sequence parallelism."""
-
-    def __init__(self, config: object, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(hidden_size))
-        self.eps = eps
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(states.float(), states.shape[-1:], self.weight.float(), self.eps).to(states)
+__all__ = ("CoreAttention", "Duplicated", "GroupedExperts", "GroupedLinear")
 
 
 class CoreAttention(torch.nn.Module):
@@ -43,18 +32,10 @@ class CoreAttention(torch.nn.Module):
         return mixed.permute(2, 0, 1, 3).flatten(2)
 
 
-class NormedColumnParallel(ColumnParallelLinear):
-    """Stands for Transformer Engine's linear module with a norm in front: the same parameters and names."""
-
-    def __init__(self, input_size: int, output_size: int, **options: object) -> None:
-        super().__init__(input_size, output_size, **options)
-        self.layer_norm_weight = torch.nn.Parameter(torch.empty(input_size))
-
-
 class Duplicated(torch.nn.Module):
     """Stands for Transformer Engine's linear module that is whole on every rank."""
 
-    def __init__(self, input_size: int, output_size: int, **_: object) -> None:
+    def __init__(self, input_size: int, output_size: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size))
 
@@ -63,35 +44,33 @@ class Duplicated(torch.nn.Module):
         return make_sharded_tensors_for_checkpoint({"weight": self.weight}, prefix, {}, sharded_offsets)
 
 
-class Grouped(torch.nn.Module):
-    """Stands for Transformer Engine's grouped linear module: a parameter for each expert, numbered."""
+class GroupedLinear(torch.nn.Module):
+    """
+    Stands for Transformer Engine's grouped linear module: a parameter for each expert, numbered.
 
-    dim = 0
+    :param linears: each expert's own
+    :param dim: the dim that expert tensor parallelism splits
+    """
 
-    def __init__(self, num_gemms: int, input_size: int, output_size: int, *, pg_collection, **options: object) -> None:
+    def __init__(self, linears: Sequence[torch.nn.Module], dim: int, ep_group, tp_group) -> None:
         super().__init__()
-        self.groups = pg_collection
-        shape = [output_size, input_size]
-        shape[self.dim] //= pg_collection.expt_tp.size()
-        for index in range(num_gemms):
-            self.register_parameter(f"weight{index}", torch.nn.Parameter(torch.empty(shape)))
+        for index, linear in enumerate(linears):
+            self.register_parameter(f"weight{index}", linear.weight)
 
-        self.count = num_gemms
+        self.count, self.dim = len(linears), dim
+        self.ep_group, self.tp_group = ep_group, tp_group
 
     def sharded_state_dict(self, prefix: str, sharded_offsets: tuple = (), metadata: object = None) -> dict:
         """Return one whole tensor for all experts, as Megatron's module does."""
-        ep = self.groups.ep
         found = {}
         for index in range(self.count):
-            expert = (len(sharded_offsets), ep.rank() * self.count + index, ep.size() * self.count)
-            offsets = (*sharded_offsets, expert)
-            own = {"weight": getattr(self, f"weight{index}")}
+            number = self.ep_group.rank() * self.count + index
             made = make_sharded_tensors_for_checkpoint(
-                own,
+                {"weight": getattr(self, f"weight{index}")},
                 prefix,
                 {"weight": self.dim},
-                offsets,
-                tp_group=self.groups.expt_tp,
+                (*sharded_offsets, (len(sharded_offsets), number, self.ep_group.size() * self.count)),
+                tp_group=self.tp_group,
                 dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             )
             found[f"{prefix}weight{index}"] = made[f"{prefix}weight"]
@@ -99,11 +78,15 @@ class Grouped(torch.nn.Module):
         return found
 
 
-class GroupedColumn(Grouped):
-    """Splits rows."""
+class GroupedExperts(torch.nn.Module):
+    """Stands for ``TEGroupedMLP``, made from a ``SequentialMLP``."""
 
+    def __init__(self, experts: torch.nn.Module) -> None:
+        super().__init__()
+        self.config, self.num_local_experts = experts.config, experts.num_local_experts
+        self.ep_group, self.tp_group = experts.ep_group, experts.tp_group
+        inward, outward = zip(*((mlp.linear_fc1, mlp.linear_fc2) for mlp in experts.local_experts), strict=True)
+        self.linear_fc1 = GroupedLinear(inward, 0, self.ep_group, self.tp_group)
+        self.linear_fc2 = GroupedLinear(outward, 1, self.ep_group, self.tp_group)
 
-class GroupedRow(Grouped):
-    """Splits columns."""
-
-    dim = 1
+    sharded_state_dict = TEGroupedMLP.sharded_state_dict

@@ -71,9 +71,9 @@ def test_wrappers_around_a_model_are_looked_through():
 
 def test_gate_and_up_in_alternating_blocks():
     model, checkpoint = filled(QWEN3_MOE, Parallel(experts="te"))
-    model.config.moe_mlp_glu_interleave_size = 2
     for layer in model.decoder.layers:
         if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.config.moe_mlp_glu_interleave_size = 2
             for weight in layer.mlp.experts.linear_fc1.parameters():
                 weight.data = weight.data.view(2, -1, 2, 24).transpose(0, 1).reshape(weight.shape)
 
