@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 
@@ -11,6 +10,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from wavecast.scheduler.errors import RunTimeout, TaskFailed, TaskTimeout
+from wavecast.scheduler.pacing import TimeSlice
 from wavecast.scheduler.receipt import RunReport, TaskReceipt, WaveReceipt
 from wavecast.scheduler.release import ReleaseState
 from wavecast.scheduler.schedule import Schedule
@@ -20,13 +20,11 @@ __all__ = ("run",)
 
 logger = logging.getLogger(__name__)
 
-# The event loop belongs to the caller: dispatching pauses after this long, to let others run.
-_SLICE_SECONDS = 0.004
-# Two dispatches less than this apart count as one stretch of work.
-_PAUSE_SECONDS = 0.0005
 # A task that awaits its dispatch also takes on the next one; after so many it lets others run, had nothing suspended
 # it.
 _CHAIN = 16
+# Batches up to this size are dispatched without a pause.
+_BATCH = 4
 
 
 async def run(
@@ -74,8 +72,8 @@ async def run(
     if in_flight < 1:
         raise ValueError(f"in_flight is {in_flight}: it must be 1 or more tasks")
 
-    if not schedule.waves:
-        return RunReport(0.0, ())
+    if not schedule.tasks:
+        return RunReport(0.0, tuple(WaveReceipt(index, ()) for index in range(len(schedule.waves))))
 
     state = ReleaseState(schedule.order, lookahead=lookahead, in_flight=in_flight)
     execution = _Execution(schedule, state, dispatch, in_flight, on_receipt, task_seconds)
@@ -106,12 +104,13 @@ class _Execution:
         self._task_seconds = task_seconds
         self._receipts: list[TaskReceipt | None] = [None] * len(self._tasks)
         self._failures: list[tuple[int, BaseException]] = []
+        self._failed: int | None = None  # position of the task that ended the run, if one did
         self._active: dict[int, float] = {}  # position of each task in flight, and when it was dispatched
         self._ready: deque[int] = deque()  # released, not dispatched yet
         self._unawaited: dict[int, Awaitable[object]] = {}  # dispatched, and nobody awaits it yet
         self._dispatching = False
         self._stopped = False  # winding down: nothing is dispatched nor counted as finished any more
-        self._slice_started = self._slice_stopped = 0.0
+        self._slice = TimeSlice()
         self._over = anyio.Event()  # all finished, or one failed
         self._group = anyio.create_task_group()
         self._epoch = anyio.current_time()
@@ -134,6 +133,7 @@ class _Execution:
                     # Three ways lead here with tasks unfinished: a failure, the deadline, a cancelled caller.
                     if self._state.unfinished:
                         self._stopped = True
+                        self._failed = self._failures[0][0] if self._failures else None
                         aborted = self._tasks_in_flight()
                         self._group.cancel_scope.cancel()
                         if abort is not None and aborted:
@@ -156,15 +156,17 @@ class _Execution:
         if self._dispatching or not self._ready:
             return None
 
-        # Going on with one of them in the same asyncio task saves starting one. Not so in a long batch, which may
-        # pause: the task would be left alone meanwhile.
+        # Going on with one of them in the same asyncio task saves starting one. Not so in a long batch, which may pause
+        # and would leave it alone; nor when it might overtake tasks of its actors, dispatched earlier but not begun.
         kept: int | None = None
-        keeping = keep and len(self._ready) <= 4 and (self._in_flight == 1 or not self._unawaited)
+        keeping = keep and len(self._ready) <= _BATCH and (self._in_flight == 1 or not self._unawaited)
+        keeping = not self._slice.is_over() and keeping
         self._dispatching = True
         try:
             while self._ready and not self._failures and not self._stopped:
-                if not keeping and self._slice_is_over():
+                if not keeping and self._slice.is_over():
                     await checkpoint()
+                    self._slice.paused()
                     continue
 
                 position = self._ready.popleft()
@@ -175,23 +177,12 @@ class _Execution:
                     kept = position
                 else:
                     self._group.start_soon(self._follow, position)
+
+                self._slice.worked()
         finally:
             self._dispatching = False
-            self._slice_stopped = time.perf_counter()
 
         return kept
-
-    def _slice_is_over(self) -> bool:
-        now = time.perf_counter()
-        if now - self._slice_stopped > _PAUSE_SECONDS:
-            self._slice_started = now
-
-        self._slice_stopped = now
-        if now - self._slice_started < _SLICE_SECONDS:
-            return False
-
-        self._slice_started = self._slice_stopped = 0.0
-        return True
 
     def _start(self, position: int) -> bool:
         self._active[position] = anyio.current_time()
@@ -265,10 +256,9 @@ class _Execution:
 
     def _tasks_in_flight(self) -> tuple[Task, ...]:
         positions = list(self._active)
-        if self._failures:
-            failed = self._failures[0][0]
-            positions.remove(failed)
-            positions.insert(0, failed)
+        if self._failed is not None:
+            positions.remove(self._failed)
+            positions.insert(0, self._failed)
 
         return tuple(self._tasks[position] for position in positions)
 
@@ -283,13 +273,14 @@ class _Execution:
 
     def _error(self, deadline: float | None, abort_error: Exception | None) -> Exception:
         receipts = tuple(receipt for receipt in self._receipts if receipt is not None)
-        if not self._failures:
+        if self._failed is None:
             unfinished = tuple(t for t, r in zip(self._tasks, self._receipts, strict=True) if r is None)
             return RunTimeout(
                 f"{len(unfinished)} of {len(self._tasks)} tasks were not finished after {deadline:g} s",
                 deadline=deadline or 0.0,
                 unfinished=unfinished,
                 receipts=receipts,
+                others=tuple(exc for _, exc in self._failures),
                 abort_error=abort_error,
             )
 

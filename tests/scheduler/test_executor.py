@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import time
 from collections.abc import Awaitable
 
 import anyio
@@ -183,6 +184,58 @@ async def test_dispatches_that_never_suspend_leave_room_for_others() -> None:
         group.cancel_scope.cancel()
 
     assert rounds > 20
+
+
+async def test_dispatches_that_take_the_loop_long_are_paused_between() -> None:
+    since = longest = 0
+
+    def dispatch(task: Task) -> Awaitable[None]:
+        nonlocal since, longest
+        since += 1
+        longest = max(longest, since)
+        until = time.perf_counter() + 0.001
+        while time.perf_counter() < until:
+            pass
+
+        return checkpoint()
+
+    async def bystander() -> None:
+        nonlocal since
+        while True:
+            since = 0
+            await checkpoint()
+
+    # Two waves of 40 tasks: the second is set free by completions that all come in one turn of the loop.
+    schedule = plan_waves([Task(id, (id % 40,), (40 + id % 40,), 1) for id in range(80)])
+    async with anyio.create_task_group() as group:
+        group.start_soon(bystander)
+        await checkpoint()
+        await run(schedule, dispatch)
+        group.cancel_scope.cancel()
+
+    assert longest <= 10
+
+
+async def test_waves_without_tasks_have_nothing_to_wait_for() -> None:
+    async def dispatch(task: Task) -> None:
+        raise AssertionError(task)
+
+    report = await run(Schedule((Wave(()), Wave(()))), dispatch)
+
+    assert [wave.receipts for wave in report.waves] == [(), ()]
+
+
+async def test_what_fails_while_winding_down_does_not_hide_the_deadline() -> None:
+    async def dispatch(task: Task) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise OSError("the connection was reset")
+
+    with pytest.raises(RunTimeout) as caught:
+        await run(plan_waves([Task(0, (0,), (1,), 1)]), dispatch, deadline=0.01)
+
+    assert [str(exc) for exc in caught.value.others] == ["the connection was reset"]
 
 
 async def test_the_first_failure_names_its_task_and_keeps_the_rest() -> None:
