@@ -23,8 +23,9 @@ def merged(base: Iterable[Shard], adapters: Iterable[Adapter], *, allow_unused: 
     """
     Return ``base`` with adapters added to the shards they are on, worked out as they are sent.
 
-    The base weights are never written to, so nothing drifts. Base plus product are added in float32 (with the
-    precision that the caller allows matmul) and rounded once to the base's dtype; equal boxes give equal bits.
+    The base weights are never written to, so nothing drifts. The product is worked out in float64, added in float32
+    (to a float64 base in float64), and the sum rounded once to the base's dtype: how a matrix is cut changes no bit
+    of it, save where float64's own last bit decides a float32.
     Several adapters on one matrix add up. Reading a box costs two operations times rank for each of its elements.
 
     :param allow_unused: take adapters on matrices of which ``base`` has nothing, such as another stage's
@@ -70,7 +71,9 @@ def _merge(shard: Shard, adapters: tuple[Adapter, ...]) -> Computed:
                 place = Box((origin[0] + band.offset[0], origin[1] + band.offset[1]), band.extent)
                 for each in adapters:
                     left, right = _factors(each, place)
-                    total = torch.addmm(total, left.to(total), right.to(total), alpha=each.scale)
+                    # In float64, so that neither TF32 nor the way a box is cut decides a bit of the sum.
+                    delta = torch.mm(left.to(base.device, torch.float64), right.to(base.device, torch.float64))
+                    total = total + delta.mul_(each.scale).to(compute)
 
                 result[start:stop].copy_(total)
 

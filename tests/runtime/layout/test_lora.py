@@ -134,6 +134,19 @@ def test_random_weights_are_within_one_rounding_of_the_exact_sum():
     assert ((got - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
 
 
+def test_how_a_matrix_is_cut_does_not_show_in_its_bits():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(70, 90, generator=generator).to(torch.bfloat16)
+    a, b = torch.randn(16, 90, generator=generator), torch.randn(70, 16, generator=generator)
+    view = merged([whole(NAME, base)], [adapter(NAME, a, b, scale=0.3)])[0].view
+    at_once = view.read(Box((0, 0), (70, 90)))
+    for height, width in ((1, 1), (3, 7), (70, 1), (64, 90)):
+        for row in range(0, 70, height):
+            for column in range(0, 90, width):
+                box = Box((row, column), (min(height, 70 - row), min(width, 90 - column)))
+                assert torch.equal(view.read(box), at_once[row : row + height, column : column + width])
+
+
 def test_large_boxes_are_merged_band_by_band(monkeypatch):
     monkeypatch.setattr("wavecast.runtime.layout.lora.merge._BAND", 7)
     base, a, b = integers(1, 6, 4), integers(2, 2, 4), integers(3, 6, 2)
