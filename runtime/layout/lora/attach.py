@@ -26,7 +26,8 @@ def attached(
     :param weight: this actor's weight as the module holds it, of shape (rows, columns)
     :param a: what is multiplied with the weight's columns, of shape (rank, columns)
     :param b: what makes the weight's rows, of shape (rows, rank)
-    :raises LayoutError: when shapes disagree, or a shard takes other than evenly spaced rows and columns of the weight
+    :raises LayoutError: when shapes disagree, no shard is a view of the weight, or one takes other than evenly spaced
+        rows and columns of it
     """
     rows, columns = tuple(weight.shape) if weight.dim() == 2 else (-1, -1)
     if (rows, columns) != (b.shape[0], a.shape[-1]) or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
@@ -45,6 +46,9 @@ def attached(
         (top, left), (height, width) = shard.offset, shard.global_shape
         held[0].append(Shard(factor_name(shard.name, "A"), a[:, across], (0, left), (rank, width)))
         held[1].append(Shard(factor_name(shard.name, "B"), b[down], (top, 0), (height, rank)))
+
+    if not parts:
+        raise LayoutError(f"no base shard is a view of the adapted weight of {tuple(weight.shape)}")
 
     return [Adapter(name, each_box(held[0]), each_box(held[1]), scale) for name, held in parts.items()]
 

@@ -305,6 +305,8 @@ def test_views_of_other_weights_are_passed_over():
     shards = [whole("other", buffer[:4]), whole(NAME, buffer[4:]), whole("far", integers(5, 6, 4))]
     adapters = attached(shards, buffer[4:], integers(2, 2, 4), integers(3, 6, 2), scale=1.0)
     assert [each.name for each in adapters] == [NAME]
+    with pytest.raises(LayoutError, match=r"no base shard is a view of the adapted weight of \(6, 4\)"):
+        attached(shards[2:], buffer[4:], integers(2, 2, 4), integers(3, 6, 2), scale=1.0)
 
 
 def test_views_that_rows_and_columns_cannot_say_are_refused():
