@@ -38,6 +38,9 @@ _SPELLINGS = (
     (".fused_qkv_a_proj_with_mqa.", ".fused_qkv_a_proj."),
 )
 
+#: Parameters of the engine's own that no checkpoint of the model's weights has: scales of its cache.
+_OWN = (".attn.q_scale", ".attn.k_scale", ".attn.v_scale", ".attn.prob_scale")
+
 #: How many differences an error spells out.
 _SHOWN = 4
 
@@ -61,7 +64,8 @@ def shards(
     Padding (the vocabulary's last rows) is in no shard: it stays as the engine left it, which with vLLM is zero.
     Tied weights are one logical tensor, whatever the engine calls them.
 
-    :param named_parameters: ``model.named_parameters()`` of the worker's model, or a mapping; every one must be known
+    :param named_parameters: ``model.named_parameters()`` of the worker's model, or a mapping; every one must be known,
+        but for the scales of the engine's cache, which are left alone
     :param config: of the model, as the checkpoint the engine was started with has it
     :param tp_rank: see :class:`EngineRank` for this and what follows
     :param fmt: what the engine chose to do otherwise than vLLM by default
@@ -71,7 +75,7 @@ def shards(
     """
     rank = EngineRank(tp_rank, tp_size, pp_rank, pp_size, dp_rank, dp_size, expert_parallel)
     named = named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters
-    live = [(name, parameter.detach()) for name, parameter in named]
+    live = [(name, parameter.detach()) for name, parameter in named if not name.endswith(_OWN)]
     expected = {_spell(claim.name): claim for claim in parameters(config, rank, fmt=fmt)}
     known = {_spell(claim.name): claim for claim in alternatives(config, rank, fmt=fmt)} | expected
     claims = [(name, parameter, known.get(_spell(name))) for name, parameter in live]

@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
-from tests.runtime.layout.known_bits import known_checkpoint, sha256_of
+from tests.runtime.layout.known_bits import known_checkpoint, quantised_checkpoint, sha256_of
 from tests.runtime.layout.moving import move
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.shard import Shard
@@ -92,6 +92,31 @@ DEEPSEEK = {
     "v_head_dim": 12,
     "num_nextn_predict_layers": 0,
 }
+BLOCK = (128, 128)
+QUANTISED = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": list(BLOCK),
+}
+FLOAT8 = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "head_dim": 128,
+    "num_attention_heads": 4,
+    "quantization_config": QUANTISED,
+}
+PLAIN_GATE = {"quantization_config": {**QUANTISED, "modules_to_not_convert": ["model.layers.0.mlp.gate"]}}
+LATENT_FLOAT8 = {
+    **FLOAT8,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
 
@@ -106,6 +131,11 @@ class Case:
     ep: bool = False
     pp_layers: tuple[int, ...] | None = None
     environment: tuple[tuple[str, str], ...] = ()
+
+    def checkpoint(self) -> dict[str, torch.Tensor]:
+        """Return what vLLM is to load."""
+        config = ModelConfig.from_dict(self.config)
+        return known_checkpoint(config) if config.quantization is None else quantised_checkpoint(config, BLOCK)
 
 
 CASES: dict[str, Case] = {
@@ -136,6 +166,9 @@ CASES: dict[str, Case] = {
     "deepseek_v3 tp2 dp2 ep": Case(DEEPSEEK, tp=2, dp=2, ep=True),
     "deepseek_v3 pp2, queries uncompressed": Case({**DEEPSEEK, "q_lora_rank": None}, pp=2),
     "deepseek_v3 tp2, plain attention": Case(DEEPSEEK, tp=2, environment=(("VLLM_MLA_DISABLE", "1"),)),
+    "qwen3 float8 tp2": Case({**QWEN3, **FLOAT8, "num_hidden_layers": 1}, tp=2),
+    "qwen3_moe float8 tp2": Case({**QWEN3_MOE, **FLOAT8, **PLAIN_GATE, "num_hidden_layers": 1}, tp=2),
+    "deepseek_v3 float8 tp2 ep": Case({**DEEPSEEK, **LATENT_FLOAT8}, tp=2, ep=True),
 }
 
 
@@ -152,7 +185,13 @@ def load(rank: int, case: Case, port: int, folder: str) -> None:
     vllm.platforms._current_platform = CpuPlatform()
     from vllm import config as settings
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+    from vllm.model_executor.layers.quantization import fp8
     from vllm.model_executor.models import ModelRegistry
+
+    # Float8 kernels there are none here; the weights and their scales do not depend on them.
+    fp8.init_fp8_linear_kernel = lambda **_: None
+    fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.TRITON, None)
 
     dp_rank, local = divmod(rank, case.tp * case.pp)
     parallel = settings.ParallelConfig(
@@ -180,7 +219,8 @@ def load(rank: int, case: Case, port: int, folder: str) -> None:
         model = model_class(vllm_config=config)
         loaded = model.load_weights(iter(load_file(Path(folder) / "model.safetensors").items()))
 
-    named = dict(model.named_parameters())
+    # Scales of the cache are none of the model's weights.
+    named = {name: tensor for name, tensor in model.named_parameters() if not name.endswith("_scale")}
     unknown = set() if loaded is None else set(named) - set(loaded)
     if unknown:
         raise SystemExit(f"vLLM left parameters of rank {rank} as they were: {sorted(unknown)}")
@@ -219,11 +259,10 @@ def sync_into(named: dict[str, torch.Tensor], case: Case) -> None:
         dp_rank=dp.rank_in_group,
         dp_size=dp.world_size,
         expert_parallel=case.ep,
-        fmt=EngineFormat(pp_layers=case.pp_layers),
+        fmt=EngineFormat(pp_layers=case.pp_layers, scale_block=BLOCK if config.quantization else None),
     )
     whole = [
-        Shard(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape))
-        for name, tensor in known_checkpoint(config).items()
+        Shard(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape)) for name, tensor in case.checkpoint().items()
     ]
     move([whole], [live])
 
@@ -237,7 +276,7 @@ def run(case: Case) -> list[dict[str, list[str]]]:
     world = case.tp * case.pp * case.dp
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(case.config), encoding="ascii")
-        save_file(known_checkpoint(ModelConfig.from_dict(case.config)), Path(folder) / "model.safetensors")
+        save_file(case.checkpoint(), Path(folder) / "model.safetensors")
         torch.multiprocessing.spawn(load, args=(case, port, folder), nprocs=world)
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text("ascii")) for rank in range(world)]
 
