@@ -17,7 +17,7 @@ import ray.util
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, TaskCancelledError
 
 from wavecast.runtime import errors
-from wavecast.runtime.transfer.messages import Abort, Close, Failure, Reply, Request
+from wavecast.runtime.transfer.messages import Abort, Close, Failure, Reply, Request, RunId
 
 __all__ = (
     "ActorHandle",
@@ -141,7 +141,7 @@ class RayActors:
         """The actors that owe an answer, each once, in order."""
         return tuple(sorted({call.actor for call in self._running.values()}))
 
-    async def abort(self, run: str, reason: str) -> None:
+    async def abort(self, run: RunId, reason: str) -> None:
         """
         End every call that is running or queued, and the run on all actors.
 
@@ -174,12 +174,12 @@ class RayActors:
 
         await _settled(self._methods[actor].remote(abort, _HOST))
 
-    async def close_all(self) -> None:
-        """Let every actor release what it holds for this group; the caller bounds the time. Passes over dead actors."""
-        refs = [method.remote(Close(), _HOST) for method in self._methods]
-        async with anyio.create_task_group() as group:
+    async def close_all(self, group: str) -> None:
+        """Let every actor release what it holds for ``group``; the caller bounds the time. Passes over dead actors."""
+        refs = [method.remote(Close(group), _HOST) for method in self._methods]
+        async with anyio.create_task_group() as tasks:
             for ref in refs:
-                group.start_soon(_settled, ref)
+                tasks.start_soon(_settled, ref)
 
 
 async def _settled(ref: ray.ObjectRef[Reply]) -> None:

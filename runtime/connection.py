@@ -6,7 +6,7 @@ import secrets
 
 from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.preparation import Preparation
-from wavecast.runtime.transfer.messages import Connect, Connected, Done, HostStore, Load, StoreAddress
+from wavecast.runtime.transfer.messages import Connect, Connected, Done, HostStore, Load, RunId, StoreAddress
 
 __all__ = ("Connection",)
 
@@ -34,7 +34,7 @@ class Connection:
         self._digest = ""
         self.transport = ""
 
-    async def ensure(self, preparation: Preparation, transport: str, *, run: str, seconds: float) -> bool:
+    async def ensure(self, preparation: Preparation, transport: str, *, run: RunId, seconds: float) -> bool:
         """
         Make what is missing for ``preparation``, on all actors at once; return whether communicators were made.
 
@@ -54,7 +54,7 @@ class Connection:
 
         return not fits
 
-    async def _connect(self, preparation: Preparation, transport: str, run: str, seconds: float) -> None:
+    async def _connect(self, preparation: Preparation, transport: str, run: RunId, seconds: float) -> None:
         self.forget()
         # Unguessable: whoever does not know it finds no key in the store.
         name = f"wavecast-{secrets.token_hex(16)}"

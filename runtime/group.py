@@ -33,6 +33,7 @@ from wavecast.runtime.transfer.messages import (
     Finish,
     Finished,
     Probe,
+    RunId,
     RunStep,
     StepDone,
 )
@@ -63,9 +64,10 @@ class _Request:
 class _State:
     """One sync under way."""
 
-    def __init__(self, request: _Request) -> None:
+    def __init__(self, request: _Request, group: str) -> None:
         self.request = request
-        self.run = secrets.token_hex(8)
+        # By the clock: also a driver that was started anew comes after the one before.
+        self.run = RunId(group, time.time_ns())
         self.watch = Stopwatch()
         self.ends = time.monotonic() + request.deadline
         self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.deadline)
@@ -93,6 +95,7 @@ class ParameterSyncGroup:
 
     def __init__(self, source: ModelGroup, destination: ModelGroup, options: SyncOptions | None = None) -> None:
         self._options = options or SyncOptions()
+        self._name = secrets.token_hex(16)
         self._state: _State | None = None
         self._closed = False
         self._latest: int | None = None
@@ -152,7 +155,7 @@ class ParameterSyncGroup:
             dry_run,
             progress,
         )
-        state = self._state = _State(request)
+        state = self._state = _State(request, self._name)
         try:
             with state.scope:
                 return await self._sync(state)
@@ -259,8 +262,8 @@ class ParameterSyncGroup:
                 if request.validate:
                     await self._validate(state, preparation)
 
-            with watch.measure("commit"):
-                await self._commit(state)
+        with watch.measure("commit"):
+            await self._commit(state)
 
         return self._report(
             state,
@@ -381,8 +384,11 @@ class ParameterSyncGroup:
                         )
 
     async def _commit(self, state: _State) -> None:
-        request = Commit(state.run, state.request.version)
+        request = Commit(state.run, None if state.request.dry_run else state.request.version)
         await self._actors.ask_all(dict.fromkeys(range(len(self._actors)), request), Done)
+        if state.request.dry_run:
+            return
+
         self._latest = state.request.version
         self._versions = dict.fromkeys(self._versions, state.request.version)
 
@@ -442,7 +448,7 @@ class ParameterSyncGroup:
     async def _release(self, actors: RayActors) -> None:
         """Close every actor's end; those that are dead or stuck are left to their own end."""
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
-            await actors.close_all()
+            await actors.close_all(self._name)
 
     def _members_of_replicas(self) -> list[range]:
         start = self._sources

@@ -1,4 +1,4 @@
-"""The actor's half of a group: answers requests, whatever hosts the actor."""
+"""The actor's half of its groups: answers requests, whatever hosts the actor."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ import torch
 
 from wavecast.runtime import errors
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
-from wavecast.runtime.transfer.checksum import combine
-from wavecast.runtime.transfer.comm import Communicator, CommunicatorError, Deadline, MoveTimeout
-from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
+from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
-from wavecast.runtime.transfer.lane import Lane
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
     Abort,
@@ -28,32 +25,27 @@ from wavecast.runtime.transfer.messages import (
     Commit,
     Compare,
     Connect,
-    Connected,
     Describe,
     Described,
     Done,
     Excerpt,
     Failure,
     Finish,
-    Finished,
     HostStore,
     Load,
     Probe,
     Reply,
     Request,
+    RunId,
     RunStep,
-    StepDone,
     StoreAddress,
 )
-from wavecast.runtime.transfer.program import Bucket, Program, fill_buckets
-from wavecast.runtime.transfer.staging import Leg, Staging
+from wavecast.runtime.transfer.session import Run, Session
 
 __all__ = ("Agent", "Host")
 
 #: How often a blocked call looks whether the driver has given up on it.
 _LOOK_SECONDS = 0.01
-#: How long an abort waits for the transfer thread before it leaves it behind.
-_GRACE_SECONDS = 0.3
 
 
 class Host(Protocol):
@@ -72,55 +64,32 @@ class Host(Protocol):
         ...
 
 
-class _Run:
-    """One sync, as one actor sees it."""
-
-    def __init__(self, name: str, memory: Memory) -> None:
-        self.name = name
-        self.memory = memory
-        self.next_step = 0
-        self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
-        self.given_up = ""
-        self.sums: dict[int, list[torch.Tensor]] = {}
-        self.ready: torch.cuda.Event | None = None
-        if memory.device.type == "cuda":
-            self.ready = torch.cuda.Event()
-            self.ready.record(torch.cuda.current_stream(memory.device))
-
-    def check(self) -> None:
-        """Raise once the run has been given up."""
-        if self.given_up:
-            raise errors.SyncAborted(self.given_up)
-
-
 class Agent:
     """
-    Everything an actor keeps for its groups: shards, program, staging memory, connection, version.
+    Everything an actor keeps: its shards and version, and a session for each group it is in.
 
-    Requests may come on several threads. What moves bytes runs on one thread of the agent's own, so that the calling
-    thread can notice a cancelled call and end it.
+    Requests may come on several threads. An actor is in one run at a time: a run that begins ends an older one, of
+    whatever group, and an older one never ends a newer.
 
     :param shards: the user's hook; called at the begin of each run, on the thread of the request
+    :ivar version: last committed version, ``None`` before the first
+    :ivar torn: a run has begun to write and was not committed
     """
 
     def __init__(self, shards: Callable[[], Sequence[Shard]]) -> None:
         self._shards = shards
         self._lock = threading.RLock()
-        self._lane = Lane("wavecast-transfer")
-        self._run: _Run | None = None
+        self._sessions: dict[str, Session] = {}
+        self._latest = 0
         self._layout = Layout(())
         self._signature: tuple[object, ...] | None = None
         self._digest = ""
-        self._program: Program | None = None
-        self._forwards = False
-        self._buckets: dict[int, tuple[Bucket, ...]] = {}
-        self._communicator: Communicator | None = None
-        self._staging: Staging | None = None
-        self._stores: dict[str, object] = {}
-        self._epoch = 0
-        self._actor = -1
+        self._written_by: Run | None = None
         self.version: int | None = None
-        self.torn = False
+
+    @property
+    def torn(self) -> bool:
+        return self._written_by is not None and self._written_by.wrote
 
     def serve(self, request: Request, host: Host, attachment: object = None) -> Reply:
         """Answer ``request``, blocking. A cancelled call gives up its run and returns within the grace time."""
@@ -148,45 +117,34 @@ class Agent:
             return self._failed(request, error)
 
     def _start(self, request: Request, host: Host, attachment: object) -> Future[Reply]:
+        """Answer what is answered at once; hand the rest to the session's own thread."""
+        if isinstance(request, Begin | Close):
+            return _answered(self._begin(request, host) if isinstance(request, Begin) else self._close(request))
+
+        session = self._session(request.run)
         match request:
             case RunStep():
-                return self._enqueue(request)
+                return session.enqueue(request)
             case Connect():
-                epoch = self._epoch
-                return self._lane.submit(lambda: self._connect(request, host, epoch))
+                return session.connect(request, host.address())
             case Load():
-                return self._lane.submit(lambda: self._load(request.program.unpack()))
+                return session.lane.submit(lambda: self._load(session, request))
             case Finish():
-                return self._lane.submit(lambda: self._finish(request))
+                return session.lane.submit(lambda: session.finish(request.run, Deadline(request.seconds)))
             case Probe():
-                return self._lane.submit(lambda: self._probe(request))
+                return session.lane.submit(lambda: self._probe(session, request))
             case Compare():
-                return self._lane.submit(lambda: self._compare(request, attachment))
-            case _:
-                future: Future[Reply] = Future()
-                future.set_result(self._answer(request, host))
-                return future
-
-    def _answer(self, request: Request, host: Host) -> Reply:
-        match request:
-            case Begin():
-                return self._begin(request, host)
+                return session.lane.submit(lambda: self._compare(session, request, attachment))
             case Describe():
-                self._current(request.run)
-                return Described.of(self._layout)
+                session.current(request.run)
+                return _answered(Described.of(self._layout))
             case HostStore():
-                store, port = host_store(host.address(), seconds=request.seconds)
-                self._stores = {request.connection: store}
-                return StoreAddress(host.address(), port)
+                return _answered(StoreAddress(host.address(), session.host_store(request, host.address())))
             case Commit():
-                return self._commit(request)
+                return _answered(self._commit(session, request))
             case Abort():
-                self._give_up(request, request.reason)
-                return Done()
-            case Close():
-                return self._close()
-            case _:
-                raise TypeError(f"{type(request).__name__} is not a request")
+                session.give_up(request.run, request.reason)
+                return _answered(Done())
 
     def _failed(self, request: Request, error: Exception) -> Failure:
         """Turn an exception into an answer. A failed transport is dropped: its other members get the same."""
@@ -195,7 +153,22 @@ class Agent:
 
         return _failure(error)
 
-    # Runs.
+    def _give_up(self, request: Request, reason: str) -> None:
+        if isinstance(request, Close):
+            return
+
+        session = self._sessions.get(request.run.group)
+        if session is not None:
+            session.give_up(request.run, reason)
+
+    def _session(self, run: RunId) -> Session:
+        session = self._sessions.get(run.group)
+        if session is None:
+            raise errors.SyncAborted("the actor is in no run of this group: it was closed, or never begun")
+
+        return session
+
+    # What is answered at once.
 
     def _begin(self, request: Begin, host: Host) -> Began:
         shards = list(self._shards())
@@ -206,255 +179,76 @@ class Agent:
                 )
 
         memory = Memory(shards)
-        place = Place(host.node(), _device_name(memory.device))
+        nan = count_nan(shards) if request.scan else ()
         with self._lock:
+            if request.run.serial < self._latest:
+                raise errors.SyncAborted("a later run has begun on this actor")
+
+            self._latest = request.run.serial
+            for session in self._sessions.values():
+                if session.run is not None and session.run.name != request.run:
+                    session.give_up(session.run.name, "another run began on this actor")
+
             if memory.signature != self._signature:
                 self._signature = memory.signature
                 self._layout = describe(shards)
                 self._digest = _digest(self._layout)
 
-            self._actor = request.actor
-            self._run = _Run(request.run, memory)
+            was_torn = self.torn
+            run = Run(request.run, request.actor, memory)
+            run.wrote = was_torn
+            self._written_by = run
+            self._sessions.setdefault(request.run.group, Session()).run = run
 
-        return Began(
-            digest=self._digest,
-            place=place,
-            nan=count_nan(shards) if request.scan else (),
-            version=self.version,
-            torn=self.torn,
-        )
+        place = Place(host.node(), _device_name(memory.device))
+        return Began(digest=self._digest, place=place, nan=nan, version=self.version, torn=was_torn)
 
-    def _enqueue(self, request: RunStep) -> Future[Reply]:
-        """Hand the step to the transfer thread as soon as all steps before it have been handed over."""
-        future: Future[Reply] = Future()
+    def _commit(self, session: Session, request: Commit) -> Done:
         with self._lock:
-            run = self._current(request.run)
-            run.check()
-            run.waiting[request.step] = (request, future)
-            while run.next_step in run.waiting:
-                ready, outer = run.waiting.pop(run.next_step)
-                run.next_step += 1
-                _chain(self._lane.submit(lambda ready=ready: self._step(run, ready)), outer)  # type: ignore[misc]
+            run = session.current(request.run)
+            if request.version is not None:
+                self.version = request.version
+                run.wrote = False
 
-        return future
-
-    def _step(self, run: _Run, request: RunStep) -> Reply:
-        deadline = Deadline(request.seconds)
-        started = deadline.left
-        run.check()
-        program, staging = self._program, self._staging
-        if program is None or staging is None:
-            raise errors.SyncError("the actor was asked to run before it was connected and had its program")
-
-        if program.digest != request.digest:
-            raise errors.SyncError(f"the actor has program {program.digest}, it was asked to run {request.digest}")
-
-        step = program.steps[request.step]
-        sends = self._actor == step.sender
-        sums = run.sums.setdefault(request.step, []) if program.checksum else None
-        if request.step == 0:
-            staging.begin(run.ready)
-
-        leg = Leg(
-            sender=step.sender,
-            receivers=step.receivers,
-            buckets=self._buckets_of(request.step, program),
-            ahead=self._ahead(request.step, program),
-            forwards=self._forwards,
-            memory=run.memory,
-            sums=sums,
-            deadline=deadline,
-            check=run.check,
-        )
-        if sends:
-            staging.send(leg)
-        else:
-            self.torn = True
-            staging.receive(leg)
-
-        return StepDone(started - deadline.left)
-
-    def _ahead(self, step: int, program: Program) -> Bucket | None:
-        """Return the first bucket of the next step, when this actor sends it and had all of it from the start."""
-        following = step + 1
-        if self._forwards or following == len(program.steps) or program.steps[following].sender != self._actor:
-            return None
-
-        buckets = self._buckets_of(following, program)
-        return buckets[0] if buckets else None
-
-    def _finish(self, request: Finish) -> Finished:
-        run = self._current(request.run)
-        if self._staging is None:
-            return Finished((), 0)
-
-        self._staging.finish(Deadline(request.seconds))
-        run.check()
-        checksums = [combine([int(value) for value in run.sums[step]]) for step in sorted(run.sums)]
-        return Finished(tuple(checksums), self._staging.nbytes)
-
-    def _commit(self, request: Commit) -> Done:
-        with self._lock:
-            self._current(request.run).check()
-            self.version = request.version
-            self.torn = False
-            self._run = None
+            session.run = None
 
         return Done()
 
-    def _give_up(self, request: Request, reason: str) -> None:
-        """End the request's run at once: nothing is written after this returns. A later run is left alone."""
+    def _close(self, request: Close) -> Done:
         with self._lock:
-            run = self._run
-            if run is None or getattr(request, "run", run.name) != run.name:
-                return
+            session = self._sessions.pop(request.group, None)
 
-            self._run = None
-            self._epoch += 1
-            run.given_up = reason
-            for _, future in run.waiting.values():
-                future.set_exception(errors.SyncAborted(reason))
-            run.waiting.clear()
-
-            self._drop_connection(abort=True)
-            idle = self._lane.submit(lambda: None)
-            if not wait((idle,), timeout=_GRACE_SECONDS).done:
-                # Stuck in the transport, where it can do no harm: the run's check stops it before it writes.
-                self._lane.close()
-                self._lane = Lane("wavecast-transfer")
-
-    # Connection and program.
-
-    def _connect(self, request: Connect, host: Host, epoch: int) -> Connected:
-        deadline = Deadline(request.seconds)
-        started = deadline.left
-        device = self._device()
-        self._drop_connection(abort=False)
-        store = self._stores.pop(request.connection, None)
-        if store is None:
-            store = join_store(request.host, request.port, seconds=deadline.left)
-
-        if not isinstance(store, torch.distributed.Store):
-            raise TypeError(f"{type(store).__name__} is not a store")
-
-        rendezvous = Rendezvous(
-            store,
-            key=request.connection,
-            host=host.address(),
-            rank=request.rank,
-            size=request.size,
-            groups=request.groups,
-            edges=request.edges,
-            deadline=deadline,
-        )
-        if request.transport == "nccl":
-            communicator: Communicator = NcclCommunicator(rendezvous, device)
-        else:
-            communicator = GlooCommunicator(rendezvous)
-
-        with self._lock:
-            if epoch != self._epoch:
-                communicator.abort()
-                raise errors.SyncAborted("the connection was given up while it was made")
-
-            self._communicator = communicator
-            self._allocate()
-
-        return Connected(started - deadline.left, communicator.device_bytes)
-
-    def _load(self, program: Program) -> Done:
-        self._program = program
-        self._forwards = any(
-            step.sender == program.actor and step.receivers != (program.actor,) for step in program.steps
-        ) and any(program.actor in step.receivers for step in program.steps)
-        self._buckets = {}
-        self._allocate()
-        return Done()
-
-    def _allocate(self) -> None:
-        """Hold two buckets, no larger than the largest that the program fills."""
-        self._staging = None
-        if self._communicator is None or self._program is None:
-            return
-
-        program = self._program
-        largest = max(
-            (bucket.nbytes for step in range(len(program.steps)) for bucket in self._buckets_of(step, program)),
-            default=0,
-        )
-        self._staging = Staging(largest, self._communicator)
-
-    def _buckets_of(self, step: int, program: Program) -> tuple[Bucket, ...]:
-        if step not in self._buckets:
-            self._buckets[step] = fill_buckets(program.steps[step].cuts, bucket_bytes=program.bucket_bytes)
-
-        return self._buckets[step]
-
-    def _drop_connection(self, *, abort: bool) -> None:
-        communicator, self._communicator = self._communicator, None
-        self._staging = None
-        if communicator is not None:
-            if abort:
-                communicator.abort()
-            else:
-                communicator.close()
-
-    def _close(self) -> Done:
-        with self._lock:
-            self._run = None
-            self._program = None
-            self._buckets = {}
-            self._stores.clear()
-            self._drop_connection(abort=False)
+        if session is not None:
+            session.close()
 
         return Done()
 
-    # Validation.
+    # On the session's thread.
 
-    def _probe(self, request: Probe) -> Excerpt:
-        run = self._current(request.run)
-        return Excerpt(read_step(self._program_step(request.step), run.memory))
+    def _load(self, session: Session, request: Load) -> Done:
+        session.current(request.run)
+        session.load(request.program.unpack())
+        return Done()
 
-    def _compare(self, request: Compare, attachment: object) -> Reply:
-        run = self._current(request.run)
+    def _probe(self, session: Session, request: Probe) -> Excerpt:
+        run = session.current(request.run)
+        return Excerpt(read_step(session.buckets_of(request.step), run.memory))
+
+    def _compare(self, session: Session, request: Compare, attachment: object) -> Reply:
+        run = session.current(request.run)
         if isinstance(attachment, Failure):
             return attachment
 
         if not isinstance(attachment, Excerpt):
             raise TypeError(f"expected the sender's excerpt, got {type(attachment).__name__}")
 
-        return Done(compare_step(self._program_step(request.step), run.memory, attachment.data))
-
-    def _program_step(self, step: int) -> tuple[Bucket, ...]:
-        if self._program is None:
-            raise errors.SyncError("the actor has no program")
-
-        return self._buckets_of(step, self._program)
-
-    # Small things.
-
-    def _current(self, name: str) -> _Run:
-        if self._run is None or self._run.name != name:
-            raise errors.SyncAborted("the run is no longer current on this actor")
-
-        return self._run
-
-    def _device(self) -> torch.device:
-        if self._run is None:
-            raise errors.SyncError("no run has begun on this actor")
-
-        return self._run.memory.device
+        return Done(compare_step(session.buckets_of(request.step), run.memory, attachment.data))
 
 
-def _chain(inner: Future[Reply], outer: Future[Reply]) -> None:
-    def pass_on(done: Future[Reply]) -> None:
-        error = done.exception()
-        if error is None:
-            outer.set_result(done.result())
-        else:
-            outer.set_exception(error)
-
-    inner.add_done_callback(pass_on)
+def _answered(reply: Reply) -> Future[Reply]:
+    future: Future[Reply] = Future()
+    future.set_result(reply)
+    return future
 
 
 def _failure(error: Exception) -> Failure:
@@ -466,11 +260,8 @@ def _failure(error: Exception) -> Failure:
     elif isinstance(error, CommunicatorError) and "abort" in str(error):
         kind = "SyncAborted"
 
-    message = (
-        str(error)
-        if isinstance(error, (errors.WavecastError, CommunicatorError))
-        else f"{type(error).__name__}: {error}"
-    )
+    named = isinstance(error, errors.WavecastError | CommunicatorError)
+    message = str(error) if named else f"{type(error).__name__}: {error}"
     return Failure(kind, message, "".join(traceback.format_exception(error)), getattr(error, "tensor", ""))
 
 

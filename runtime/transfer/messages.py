@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from wavecast.runtime.layout.shard import Layout, Place
 from wavecast.runtime.transfer.program import PackedProgram
 
 __all__ = (
+    "RunId",
     "Request",
     "Begin",
     "Describe",
@@ -39,6 +41,18 @@ __all__ = (
 _PART_PIECES = 1024
 
 
+class RunId(NamedTuple):
+    """
+    Names one sync.
+
+    :ivar group: unguessable name of the group
+    :ivar serial: larger than that of any earlier run, of any group
+    """
+
+    group: str
+    serial: int
+
+
 @dataclass(frozen=True, slots=True)
 class Begin:
     """
@@ -49,7 +63,7 @@ class Begin:
     :ivar scan: count NaN elements in the shards
     """
 
-    run: str
+    run: RunId
     actor: int
     scan: bool = False
 
@@ -58,14 +72,14 @@ class Begin:
 class Describe:
     """Asks for the layout itself, where the driver does not know its digest yet."""
 
-    run: str
+    run: RunId
 
 
 @dataclass(frozen=True, slots=True)
 class HostStore:
     """Asks one actor to host the rendezvous of a connection, on its node's own address."""
 
-    run: str
+    run: RunId
     connection: str
     seconds: float
 
@@ -82,7 +96,7 @@ class Connect:
     :ivar edges: sender and receiver of every one-to-one task, to be warmed up
     """
 
-    run: str
+    run: RunId
     connection: str
     transport: str
     host: str
@@ -98,7 +112,7 @@ class Connect:
 class Load:
     """Hands over an actor's program, once a plan."""
 
-    run: str
+    run: RunId
     program: PackedProgram
 
 
@@ -112,7 +126,7 @@ class RunStep:
     :ivar seconds: time left until the sync's deadline
     """
 
-    run: str
+    run: RunId
     step: int
     digest: str
     seconds: float
@@ -122,7 +136,7 @@ class RunStep:
 class Finish:
     """Asks an actor to wait until all it wrote is in place, and for the sums of its steps."""
 
-    run: str
+    run: RunId
     seconds: float
 
 
@@ -130,7 +144,7 @@ class Finish:
 class Probe:
     """Asks a sender for the bytes of one of its steps, packed on the host."""
 
-    run: str
+    run: RunId
     step: int
 
 
@@ -138,29 +152,35 @@ class Probe:
 class Compare:
     """Asks a receiver to compare, bit for bit, what it holds with the bytes in the request's attachment."""
 
-    run: str
+    run: RunId
     step: int
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Makes ``version`` the actor's version: all bytes of the run have arrived and been verified."""
+    """
+    Ends a run that went well.
 
-    run: str
-    version: int
+    :ivar version: the actor's version from now on: all bytes have arrived and been verified. ``None``: none was moved
+    """
+
+    run: RunId
+    version: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
     """Gives up the run: nothing more is written, the connection is dropped."""
 
-    run: str
+    run: RunId
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Drops the connection, the program and all staging memory."""
+    """Drops the group's connection, program and staging memory."""
+
+    group: str
 
 
 Request = Begin | Describe | HostStore | Connect | Load | RunStep | Finish | Probe | Compare | Commit | Abort | Close
