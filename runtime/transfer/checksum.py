@@ -28,14 +28,15 @@ def fold(data: torch.Tensor) -> torch.Tensor:
     whole = lanes.numel() // LANES * LANES
     matrix = lanes[:whole].view(-1, LANES)
     sums = torch.cat((matrix.sum(dim=0), lanes[whole:], matrix.sum(dim=1)))
-    # A product by an odd number keeps a lane's highest bits where they are: they must count further down as well.
+    # In a product a high bit reaches no lower one, so it is first added further down: not by 32 or 16 bits, which would
+    # set the signs of neighbouring numbers off against each other.
     weights = _weights(1 << sums.numel().bit_length(), sums.device)[: sums.numel()]
-    return ((sums + (sums >> 32)) * weights).sum()
+    return ((sums + (sums >> 31)) * weights).sum()
 
 
 def combine(sums: list[int]) -> int:
     """Return one number for the sums of a step's buckets, in order."""
-    total = len(sums)
+    total = (len(sums) + 1) * _ODD & _MASK
     for value in sums:
         total = ((total ^ (value & _MASK)) * _ODD + 1) & _MASK
         total ^= total >> 29
