@@ -10,21 +10,20 @@ checkpoint's names. Both come out as the same logical tensors, as views.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import get_args
 
 import torch
 
 from wavecast.runtime.errors import LayoutError
-from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.config import Family, ModelConfig, MoeConfig
+from wavecast.runtime.layout.config import Family, ModelConfig
+from wavecast.runtime.layout.dtensor import clean_name
 from wavecast.runtime.layout.hf import LogicalTensor, logical_tensors
-from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.layout.shard import Shard
+from wavecast.runtime.layout.views import sections, unstacked
 
 __all__ = ("checkpoint_shards", "shards")
-
-#: What torch's own wrappers put into the names of what they wrap.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 #: Every ``model_type`` of a known family.
 _MODEL_TYPES = (*get_args(Family), "kimi_k2")
@@ -62,7 +61,7 @@ def checkpoint_shards(shards: Iterable[Shard], config: ModelConfig) -> list[Shar
     :raises LayoutError: for a logical tensor whose shape is not the one that ``config`` leads to
     """
     logical = _logical(config)
-    parted = (part for shard in shards for part in _part(_renamed(shard, config), config))
+    parted = (part for shard in shards for part in _parted(_renamed(shard, config), config))
     found: dict[tuple[object, ...], Shard] = {}
     for shard in parted:
         _check_shape(shard, logical)
@@ -110,67 +109,44 @@ def _own_config(model: object) -> ModelConfig | None:
 
 
 def _renamed(shard: Shard, config: ModelConfig) -> Shard:
-    name = shard.name
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-
+    name = clean_name(shard.name)
     if config.family == "mixtral":
         name = name.replace(".mlp.", ".block_sparse_moe.")
 
     if name == "lm_head.weight" and config.tie_word_embeddings:
         name = "model.embed_tokens.weight"
 
-    return shard if name == shard.name else Shard(name, shard.view, shard.offset, shard.global_shape)
+    return shard if name == shard.name else replace(shard, name=name)
 
 
-def _part(shard: Shard, config: ModelConfig) -> Iterator[Shard]:
-    """Yield a shard of stacked experts expert by expert, gate and up apart; any other as it is."""
+def _parted(shard: Shard, config: ModelConfig) -> list[Shard]:
+    """Return a shard of stacked experts expert by expert, gate and up apart; any other as it is."""
     moe = config.moe
     if moe is None or len(shard.global_shape) != 3 or not shard.name.endswith((_GATE_UP, _DOWN)):
-        yield shard
-        return
+        return [shard]
 
-    first, start, column = shard.offset
-    experts, rows, _ = shard.view.shape
-    shape = _stacked_shape(shard, config, moe)
-    for index in range(experts):
-        for projection, low, high in _projections(shard, config, moe):
-            a, b = max(start, low), min(start + rows, high)
-            if a < b:
-                name = f"{shard.name.rpartition('.')[0]}.{first + index}.{projection}.weight"
-                view = _rows(shard.view, index, a - start, b - a)
-                yield Shard(name, view, (a - low, column), (high - low, shape[2]))
+    mixtral, width = config.family == "mixtral", moe.intermediate_size
+    path = shard.name.rpartition(".")[0]
+    if shard.name.endswith(_DOWN):
+        _check_stack(shard, (moe.num_experts, config.hidden_size, width))
+        down = "w2" if mixtral else "down_proj"
+        return unstacked(shard, lambda expert: f"{path}.{expert}.{down}.weight")
+
+    _check_stack(shard, (moe.num_experts, 2 * width, config.hidden_size))
+    gate, up = ("w1", "w3") if mixtral else ("gate_proj", "up_proj")
+    experts = unstacked(shard, lambda expert: f"{path}.{expert}")
+    return [
+        part
+        for both in experts
+        for part in sections(both, [(f"{both.name}.{gate}.weight", width), (f"{both.name}.{up}.weight", width)])
+    ]
 
 
-def _stacked_shape(shard: Shard, config: ModelConfig, moe: MoeConfig) -> tuple[int, ...]:
-    wide = (moe.num_experts, 2 * moe.intermediate_size, config.hidden_size)
-    shape = wide if shard.name.endswith(_GATE_UP) else (moe.num_experts, config.hidden_size, moe.intermediate_size)
+def _check_stack(shard: Shard, shape: tuple[int, ...]) -> None:
     if shard.global_shape != shape:
         raise LayoutError(
             f"{shard.name} has shape {shard.global_shape} where the configuration leads to {shape}", tensor=shard.name
         )
-
-    return shape
-
-
-def _projections(shard: Shard, config: ModelConfig, moe: MoeConfig) -> tuple[tuple[str, int, int], ...]:
-    """Return the logical tensors of one expert in a stacked parameter, with first row and row behind the last."""
-    mixtral, width = config.family == "mixtral", moe.intermediate_size
-    if shard.name.endswith(_DOWN):
-        return (("w2" if mixtral else "down_proj", 0, config.hidden_size),)
-
-    gate, up = ("w1", "w3") if mixtral else ("gate_proj", "up_proj")
-    return ((gate, 0, width), (up, width, 2 * width))
-
-
-def _rows(view: torch.Tensor | Computed, expert: int, start: int, rows: int) -> torch.Tensor | Computed:
-    if isinstance(view, torch.Tensor):
-        return view[expert].narrow(0, start, rows)
-
-    def read(box: Box) -> torch.Tensor:
-        return view.read(Box((expert, start + box.offset[0], box.offset[1]), (1, *box.extent)))[0]
-
-    return Computed((rows, view.shape[2]), view.dtype, view.device, read)
 
 
 def _check_shape(shard: Shard, logical: Mapping[str, LogicalTensor]) -> None:

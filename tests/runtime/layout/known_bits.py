@@ -51,5 +51,5 @@ def quantised_checkpoint(config: ModelConfig, block: tuple[int, int]) -> dict[st
 
 def sha256_of(tensor: torch.Tensor) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of a tensor's bytes, row-major."""
-    data = bytes(tensor.detach().contiguous().view(torch.uint8).flatten().tolist())
+    data = tensor.detach().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()[:16]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.runtime.layout.known_bits import known_checkpoint, quantised_checkpoint, sha256_of
 from tests.runtime.layout.moving import move
 from wavecast.runtime.errors import ConfigError, LayoutError
-from wavecast.runtime.layout import vllm
+from wavecast.runtime.layout import fp8, vllm
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.shard import Shard, describe
 from wavecast.runtime.layout.vllm import EngineFormat, EngineRank
@@ -461,3 +461,28 @@ def test_layers_left_unquantised_have_no_scales_and_those_of_the_cache_are_left_
     assert scale.shape == (2, 2)
     buffers[f"{prefix}.o_proj.weight"] = buffers[f"{prefix}.o_proj.weight"].to(torch.bfloat16)
     assert len(shards_of(buffers, config, rank, fmt=fmt)) == count - 1
+
+
+def test_weights_quantised_as_they_are_sent_fit_a_quantised_engine():
+    _, config, _ = float8_engine()
+    fmt = EngineFormat(scale_block=BLOCK)
+    kept = [
+        Shard(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape))
+        for name, tensor in known_checkpoint(config).items()
+    ]
+    sent = fp8.quantised(kept, block=BLOCK)
+    stored = [
+        shard
+        if isinstance(shard.view, torch.Tensor)
+        else Shard(shard.name, shard.view.read(shard.box), shard.offset, shard.global_shape)
+        for shard in sent
+    ]
+    live, wanted = ([buffers_for(config, EngineRank(rank, 2), fmt) for rank in range(2)] for _ in range(2))
+    for source, engine in ((sent, live), (stored, wanted)):
+        held = [shards_of(own, config, EngineRank(rank, 2), fmt=fmt) for rank, own in enumerate(engine)]
+        move([source], held)
+
+    assert [hashes(own) for own in live] == [hashes(own) for own in wanted]
+    scales = [buffer for name, buffer in live[1].items() if name.endswith("_scale_inv")]
+    assert scales
+    assert all((buffer > 0).all() for buffer in scales)
