@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from wavecast.runtime.transfer.memory import Memory, as_bits, dtype_of
@@ -23,16 +25,27 @@ def pack(bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> None:
         _clear_padding(item, buffer)
 
 
-def unpack(bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> None:
-    """Copy the bucket's cuts from ``buffer`` into local memory, bit for bit."""
+def unpack(bucket: Bucket, memory: Memory, buffer: torch.Tensor, *, check: Callable[[], None]) -> None:
+    """
+    Copy the bucket's cuts from ``buffer`` into local memory, bit for bit.
+
+    A cut held in several views is copied from view to view, so that the last one tells of all.
+
+    :param check: called before each cut is written; raises to write no more
+    """
     for item in bucket.items:
-        window = as_bits(_window(item, buffer))
+        check()
+        latest = as_bits(_window(item, buffer))
         for view in memory.targets(item.cut):
-            as_bits(view).copy_(window, non_blocking=buffer.is_cuda)
+            latest = as_bits(view).copy_(latest, non_blocking=buffer.is_cuda)
 
 
 def gather(bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> None:
-    """Fill ``buffer`` with what the destination's memory holds now; nothing of its former content is left."""
+    """
+    Fill ``buffer`` with what the destination's memory holds now; nothing of its former content is left.
+
+    Of a cut held in several views the one that was written last is read.
+    """
     buffer.zero_()
     for item in bucket.items:
         as_bits(_window(item, buffer)).copy_(as_bits(memory.targets(item.cut)[-1]), non_blocking=buffer.is_cuda)

@@ -142,8 +142,7 @@ class Staging:
             def settle(move: Move = move, bucket: Bucket = bucket, window: torch.Tensor = window) -> Fence:
                 move.finish(leg.deadline)
                 arrived = self._communicator.fence()
-                leg.check()
-                unpack(bucket, leg.memory, window)
+                unpack(bucket, leg.memory, window, check=leg.check)
                 if leg.sums is not None:
                     gather(bucket, leg.memory, window)
                     leg.sums.append(fold(window))
