@@ -6,8 +6,8 @@ import ctypes
 
 import torch
 
-from wavecast.runtime.transfer.copying import gather, pack
-from wavecast.runtime.transfer.memory import Memory
+from wavecast.runtime.transfer.copying import pack
+from wavecast.runtime.transfer.memory import Memory, as_bits
 from wavecast.runtime.transfer.program import Bucket
 
 __all__ = ("read_step", "compare_step")
@@ -25,21 +25,33 @@ def read_step(buckets: tuple[Bucket, ...], memory: Memory) -> bytes:
 
 
 def compare_step(buckets: tuple[Bucket, ...], memory: Memory, expected: bytes) -> tuple[str, ...]:
-    """Return a line for each cut of a step of which a receiver's memory differs from ``expected``."""
+    """
+    Return a line for each cut of a step of which a receiver's memory differs from ``expected``.
+
+    Where a cut is held in several views each of them is compared.
+
+    :raises ValueError: when ``expected`` has not the size of the step
+    """
+    nbytes = sum(bucket.nbytes for bucket in buckets)
+    if len(expected) != nbytes:
+        raise ValueError(f"the step has {nbytes} bytes, the sender's excerpt {len(expected)}")
+
     differing: list[str] = []
     start = 0
     for bucket in buckets:
-        wanted = torch.frombuffer(bytearray(expected[start : start + bucket.nbytes]), dtype=torch.uint8)
-        start += bucket.nbytes
-        held = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-        gather(bucket, memory, held)
-        if torch.equal(wanted, held):
-            continue
-
         for cut, first in bucket.items:
-            window = slice(first, first + cut.nbytes)
-            count = int((wanted[window] != held[window]).sum())
+            wanted = torch.frombuffer(
+                bytearray(expected[start + first : start + first + cut.nbytes]), dtype=torch.uint8
+            )
+            count = sum(int((_bytes_of(view) != wanted).sum()) for view in memory.targets(cut))
             if count:
                 differing.append(f"{count} bytes of {cut.tensor!r} at offset {cut.offset} with extent {cut.extent}")
 
+        start += bucket.nbytes
+
     return tuple(differing)
+
+
+def _bytes_of(view: torch.Tensor) -> torch.Tensor:
+    """Return a view's bytes on the host, in row-major order."""
+    return as_bits(view).contiguous().cpu().view(-1).view(torch.uint8)
