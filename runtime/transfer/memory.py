@@ -90,7 +90,7 @@ def count_nan(shards: Sequence[Shard]) -> tuple[tuple[str, int], ...]:
     """Return the names of the tensors that hold NaN elements, and how many."""
     found: dict[str, int] = {}
     for shard in shards:
-        if shard.view.dtype.is_floating_point:
+        if shard.view.dtype.is_floating_point or shard.view.dtype.is_complex:
             whole = Box((0,) * len(shard.offset), tuple(shard.view.shape))
             held = shard.view.read(whole) if isinstance(shard.view, Computed) else shard.view
             # float8 has no comparison of its own.
