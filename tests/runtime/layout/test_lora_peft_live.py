@@ -1,0 +1,102 @@
+"""Real PEFT models: merged as sent, they are what PEFT's own merge makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.runtime.layout.moving import move
+from wavecast.runtime.layout import dtensor, lora
+from wavecast.runtime.layout.shard import Shard
+from wavecast.runtime.layout.views import sections, unstacked
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+# What the frameworks warn of at import and use is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def adapted(model, **options):
+    """Return ``model`` with adapters that do something."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **options))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+
+    return wrapped
+
+
+def arrived(shards):
+    targets = {shard.name: torch.zeros(shard.global_shape, dtype=shard.view.dtype) for shard in shards}
+    move([shards], [[Shard(name, view, (0,) * view.dim(), tuple(view.shape)) for name, view in targets.items()]])
+    return targets
+
+
+def check(wrapped, take=lambda shards: shards):
+    base = take(dtensor.shards(wrapped, names=lora.peft_names))
+    got = arrived(lora.merged(base, lora.peft_adapters(wrapped, base)))
+    wanted = {shard.name: shard.view for shard in take(dtensor.shards(wrapped.merge_and_unload()))}
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_linear_layers_and_trained_copies(tied):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    saved = {} if tied else {"modules_to_save": ["lm_head"]}
+    wrapped = adapted(model, target_modules=["q_proj", "down_proj"], use_rslora=True, **saved)
+    check(wrapped)
+
+
+def test_embeddings():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=False))
+    check(adapted(model, target_modules=["embed_tokens", "o_proj"]))
+
+
+def test_adapters_alone_have_the_names_and_values_of_a_peft_checkpoint():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    wrapped = adapted(model, target_modules=["q_proj", "up_proj"])
+    base = dtensor.shards(wrapped, names=lora.peft_names)
+    got = arrived(lora.adapter_only(lora.peft_adapters(wrapped, base)))
+    wanted = peft.get_peft_model_state_dict(wrapped)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+def test_stacked_experts_taken_apart():
+    config = transformers.Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=4
+    )
+    model = transformers.Qwen3MoeForCausalLM(config)
+    if not any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters()):
+        pytest.skip("this version of Transformers keeps experts apart")
+
+    def take(shards):
+        found = []
+        for shard in shards:
+            stem, _, last = shard.name.rpartition(".")
+            if last == "gate_up_proj":
+                for expert in unstacked(shard, lambda index, stem=stem: f"{stem}.{index}"):
+                    parts = [(f"{expert.name}.{part}.weight", 16) for part in ("gate_proj", "up_proj")]
+                    found.extend(sections(expert, parts))
+            elif last == "down_proj":
+                found.extend(unstacked(shard, lambda index, stem=stem: f"{stem}.{index}.down_proj.weight"))
+            else:
+                found.append(shard)
+
+        return found
+
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    check(adapted(model, target_modules=["q_proj"], target_parameters=stacks), take)
