@@ -204,5 +204,40 @@ async def test_a_replaced_engine_and_an_added_replica_get_their_weights_at_the_n
     assert sides.differing(2) == {}
 
 
+async def test_two_groups_take_turns_with_the_same_trainers(make_sides: MakeSides) -> None:
+    """Each group keeps its own connection and program on an actor that both use."""
+    sides = make_sides("tp=2", "tp=1")
+    reference = make_sides("tp=1", "tp=3").replicas
+    policy = ModelGroup("policy", [sides.sources])
+    rollout, frozen = ModelGroup("rollout", sides.replicas), ModelGroup("reference", reference)
+    async with ParameterSyncGroup(policy, rollout) as first, ParameterSyncGroup(policy, frozen) as second:
+        for step in range(2):
+            sides.fill(step)
+            for group in (first, second):
+                report = await group.sync(step)
+                assert report.connected is (step == 0)
+
+            assert sides.differing(step) == {}
+            both = sides.replicas
+            sides.replicas = reference
+            assert sides.differing(step) == {}
+            sides.replicas = both
+
+
+async def test_a_new_group_on_the_same_actors_carries_on(make_sides: MakeSides) -> None:
+    """As after a restart of the driver: the old group is not closed, just gone."""
+    sides = make_sides("tp=2", "tp=1")
+    sides.fill(0)
+    lost = ParameterSyncGroup(*sides.groups())
+    await lost.sync(3)
+    async with ParameterSyncGroup(*sides.groups()) as group:
+        sides.fill(1)
+        report = await group.sync()
+        assert report.connected
+
+    assert sides.differing(1) == {}
+    await lost.aclose()
+
+
 def test_the_default_pool_actor_is_a_plain_one() -> None:
     assert not any(name.startswith("async") for name in vars(PoolActor))
