@@ -16,15 +16,8 @@ from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.shard import Layout, Piece, Shard
-from wavecast.runtime.layout.vllm_parameters import (
-    VLLM,
-    EngineFormat,
-    EngineParameter,
-    EngineRank,
-    Slot,
-    alternatives,
-    parameters,
-)
+from wavecast.runtime.layout.vllm_format import VLLM, EngineFormat, EngineParameter, EngineRank, Slot
+from wavecast.runtime.layout.vllm_parameters import alternatives, parameters
 
 if TYPE_CHECKING:
     import torch
