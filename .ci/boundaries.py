@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,8 +48,20 @@ def main() -> int:
         for path in sorted((ROOT / folder).rglob("*.py"))
         for line, message in check(path.relative_to(ROOT))
     ]
+    broken += unlisted_packages()
     print("\n".join(broken) if broken else "boundaries: every import is in its place")
     return 1 if broken else 0
+
+
+def unlisted_packages() -> list[str]:
+    """Return a line for each folder of modules that pyproject.toml does not list: it would be missing in the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = sorted(
+        f"wavecast.{path.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
+        for folder in ("scheduler", "runtime")
+        for path in (ROOT / folder).rglob("__init__.py")
+    )
+    return [f"pyproject.toml does not list the package {name}" for name in found if name not in listed]
 
 
 def check(path: Path) -> Iterator[tuple[int, str]]:

@@ -47,8 +47,12 @@ def is_castable(source: str, destination: str) -> bool:
     """
     Tell whether a sender may cast elements of dtype ``source`` to ``destination``.
 
-    Only within a kind (floating point, integer, complex, bool): across kinds a cast changes what a number means.
+    Only within a kind (floating point, integer, complex, bool): across kinds a cast changes what a number means. Nor
+    from float8 to anything else: such a weight means something only with its scales, which a cast knows nothing of.
     """
+    if source.startswith("float8") and source != destination:
+        return False
+
     return _kind(source) == _kind(destination)
 
 
