@@ -293,7 +293,8 @@ def _qwen3(base: ModelConfig, reader: _Reader) -> ModelConfig:
 def _qwen_moe(reader: _Reader) -> MoeConfig:
     every = reader.size("decoder_sparse_step", 1)
     return MoeConfig(
-        num_experts=reader.size("num_experts"),
+        # Transformers 5 writes the second name.
+        num_experts=reader.size("num_experts" if "num_experts" in reader else "num_local_experts"),
         intermediate_size=reader.size("moe_intermediate_size"),
         every=every,
         phase=every - 1,
