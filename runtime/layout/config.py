@@ -294,7 +294,7 @@ def _qwen_moe(reader: _Reader) -> MoeConfig:
     every = reader.size("decoder_sparse_step", 1)
     return MoeConfig(
         # Transformers 5 writes the second name.
-        num_experts=reader.size("num_experts" if "num_experts" in reader else "num_local_experts"),
+        num_experts=reader.size("num_local_experts" if "num_local_experts" in reader else "num_experts"),
         intermediate_size=reader.size("moe_intermediate_size"),
         every=every,
         phase=every - 1,
