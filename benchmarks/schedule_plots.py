@@ -82,7 +82,7 @@ def _scale(rows: Sequence[Row], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("tasks on 1024 actors")
-    axes.set_ylabel("seconds to plan")
+    axes.set_ylabel("core seconds to plan")
     axes.grid(linewidth=0.3)
     axes.legend(frameon=False)
     _save(figure, path)

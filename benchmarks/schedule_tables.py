@@ -99,7 +99,7 @@ def _workloads(rows: Sequence[Row]) -> str:
             "auto",
             "cut",
             "auto over its bound",
-            "planning",
+            "planning (core)",
         ),
         [
             (
@@ -192,7 +192,7 @@ def _scale(rows: Sequence[Row]) -> str:
     kinds = list(dict.fromkeys((str(row["kind"]), str(row["strategy"])) for row in rows))
     found = {(row["kind"], row["strategy"], row["tasks"]): row for row in rows}
     table = _table(
-        ("seconds to plan on 1024 actors", *(f"{count:,} tasks" for count in counts)),
+        ("core seconds to plan on 1024 actors", *(f"{count:,} tasks" for count in counts)),
         [
             (f"{kind}: {strategy}", *(found[kind, strategy, count]["seconds"] for count in counts))
             for kind, strategy in kinds

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from wavecast.scheduler.bounds import divisible_nbytes, lower_bound, uncut_nbytes
+from wavecast.scheduler.cost import LinkCost
 from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.konig import is_bipartite
 from wavecast.scheduler.openshop import open_shop
-from wavecast.scheduler.ports import PortModel, build_graph
+from wavecast.scheduler.ports import PortModel, TaskGraph, build_graph
 from wavecast.scheduler.schedule import Schedule, gather, plan_waves
 from wavecast.scheduler.task import Task
 
@@ -75,31 +76,39 @@ def plan_divisible(
     ports: PortModel = "half",
     max_gap: float = 1.05,
     min_chunk_bytes: int = 1 << 20,
+    cost: LinkCost | None = None,
 ) -> Division:
     """
     Cut tasks into chunks of equal bytes, no smaller than needed, and sort the chunks into waves.
 
     Starts with whole tasks and takes a quarter off the chunk size until the sum of the waves' largest chunks is within
     ``max_gap`` of what no cutting can go below (:func:`~wavecast.scheduler.bounds.divisible_nbytes`; mostly the busiest
-    port's bytes), or chunks would fall below ``min_chunk_bytes``; then the best schedule met is kept. Sizes between
-    whose
-    :func:`~wavecast.scheduler.bounds.uncut_nbytes` shows that no colouring can do are skipped. A size is tried with
-    ``largest_first``, which is fast and often enough, then with ``strategy``: that up to five times.
+    port's bytes), or chunks would fall below ``min_chunk_bytes``. The best schedule met is returned: of the smallest
+    such sum, or with ``cost`` of the fewest seconds, if all wait for the longest of a wave.
+
+    Sizes between that cannot get there, or be better than the best so far, whatever the colouring, are skipped
+    (:func:`~wavecast.scheduler.bounds.uncut_nbytes`). A size is tried with ``largest_first``, which is fast and often
+    enough, then with ``strategy``: that up to five times.
 
     A piece comes after all pieces of the tasks that its task comes after.
 
     :param max_gap: the gap to reach, 1 or more
+    :param cost: of a task, to weigh the start-ups of more waves against shorter ones
     :raises ScheduleError: as :func:`~wavecast.scheduler.plan_waves` does
     """
     tasks = tuple(tasks)
     graph = build_graph(tasks, ports)
+    price = LinkCost(alpha_seconds=0.0, nbytes_per_second=1.0) if cost is None else cost
     goal = max_gap * divisible_nbytes(graph)
     best = Division(plan_waves(()), ())
+    least = float("inf")  # seconds of the best
     chunk_bytes = max(graph.nbytes, default=0)
     searches = 0
     while True:
         last = chunk_bytes < 4 * min_chunk_bytes // 3
-        if not best.cuts or last or uncut_nbytes(graph, chunk_bytes=chunk_bytes) <= goal:
+        shortest = uncut_nbytes(graph, chunk_bytes=max(chunk_bytes, 1))
+        promising = shortest <= goal or (last and cost is None)
+        if not best.cuts or (promising and _fewest_seconds(graph, shortest, chunk_bytes, price) < least):
             sizes = [
                 chunk_sizes(nbytes, chunk_bytes=max(chunk_bytes, 1), min_chunk_bytes=min_chunk_bytes)
                 for nbytes in graph.nbytes
@@ -108,8 +117,9 @@ def plan_divisible(
             for way in ("largest_first", strategy)[: 2 if searches < _SEARCHES else 1]:
                 schedule = plan_waves(pieces, strategy=way, ports=ports)
                 searches += way == strategy
-                if not best.cuts or schedule.gap < best.schedule.gap:
-                    best = Division(schedule, cuts)
+                seconds = sum(price.seconds(wave.longest_nbytes) for wave in schedule.waves)
+                if seconds < least:
+                    best, least = Division(schedule, cuts), seconds
 
                 if schedule.makespan_bytes <= goal:
                     return best
@@ -118,6 +128,16 @@ def plan_divisible(
             return best
 
         chunk_bytes = chunk_bytes * 3 // 4
+
+
+def _fewest_seconds(graph: TaskGraph, shortest: int, chunk_bytes: int, cost: LinkCost) -> float:
+    """Return what waves of chunks of that size take at least, given the least sum of their longest ones."""
+    chunks = [0] * graph.n_ports
+    for ports, nbytes in zip(graph.ports, graph.nbytes, strict=True):
+        for port in ports:
+            chunks[port] += max(1, -(-nbytes // max(chunk_bytes, 1)))
+
+    return max(chunks, default=0) * cost.alpha_seconds + shortest / cost.nbytes_per_second
 
 
 def plan_preemptive(tasks: Iterable[Task], *, ports: PortModel = "half", min_chunk_bytes: int = 1) -> Division:

@@ -12,6 +12,8 @@ __all__ = ("STRATEGIES", "auto", "choose")
 
 # DSATUR is worth its time up to about this many (pairs of tasks at a port).
 _DSATUR_PAIRS = 300_000
+# Above so many tasks only one strategy is tried.
+_TRIED_TASKS = 50_000
 
 
 def choose(graph: TaskGraph) -> tuple[str, list[int], str]:
@@ -29,7 +31,9 @@ def choose(graph: TaskGraph) -> tuple[str, list[int], str]:
         return "balanced", balanced(graph), f"{why}, and of several sizes"
 
     candidates: list[Strategy] = [edge_coloring if alike or graph.after else balanced, largest_first, first_fit]
-    if sum(degree * degree for degree in graph.degrees()) <= _DSATUR_PAIRS:
+    if len(graph.ports) > _TRIED_TASKS:
+        del candidates[1:]
+    elif sum(degree * degree for degree in graph.degrees()) <= _DSATUR_PAIRS:
         candidates.append(dsatur)
 
     fewest = lower_bound(graph).waves

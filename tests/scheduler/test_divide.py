@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from wavecast.scheduler import (
     Division,
+    LinkCost,
     PortModel,
     ScheduleError,
     Task,
@@ -17,6 +18,8 @@ from wavecast.scheduler import (
     plan_waves,
     verify,
 )
+from wavecast.scheduler.bounds import divisible_nbytes
+from wavecast.scheduler.ports import build_graph
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,22 @@ def test_cutting_evenly_carries_every_byte_once(data: st.DataObject, ports: Port
     division = plan_divisible(tasks, ports=ports, min_chunk_bytes=4)
 
     check_division(division, tasks)
-    assert division.schedule.gap <= plan_waves(tasks, ports=ports).gap + 1e-9
+    possible = divisible_nbytes(build_graph(tasks, ports))
+    whole = plan_waves(tasks, ports=ports).makespan_bytes
+    assert possible <= division.schedule.makespan_bytes <= max(whole, 1.05 * possible)
+
+
+def test_start_ups_weigh_against_shorter_waves() -> None:
+    # Whole: 9 + 4 + 1 bytes in 3 waves. Cut, fewer bytes in more waves: worth it only if starting is cheap.
+    tasks = [Task(0, (0,), (2,), 9), Task(1, (1,), (3,), 5), Task(2, (1,), (4,), 4), Task(3, (1,), (2,), 1)]
+
+    cheap = plan_divisible(tasks, min_chunk_bytes=1, cost=LinkCost(alpha_seconds=0.1, nbytes_per_second=1.0))
+    dear = plan_divisible(tasks, min_chunk_bytes=1, cost=LinkCost(alpha_seconds=10.0, nbytes_per_second=1.0))
+
+    check_division(cheap, tasks)
+    check_division(dear, tasks)
+    assert cheap.schedule.makespan_bytes < 14
+    assert (dear.schedule.makespan_bytes, len(dear.cuts)) == (14, 4)
 
 
 def test_whole_tasks_stay_whole_where_they_are_good_enough() -> None:
