@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from typing import Protocol
 
@@ -72,12 +73,14 @@ class Agent:
     whatever group, and an older one never ends a newer.
 
     :param shards: the user's hook; called at the begin of each run, on the thread of the request
+    :param make_session: makes what is kept for one group
     :ivar version: last committed version, ``None`` before the first
     :ivar torn: a run has begun to write and was not committed
     """
 
-    def __init__(self, shards: Callable[[], Sequence[Shard]]) -> None:
+    def __init__(self, shards: Callable[[], Sequence[Shard]], *, make_session: Callable[[], Session] = Session) -> None:
         self._shards = shards
+        self._make_session = make_session
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._latest = 0
@@ -139,6 +142,7 @@ class Agent:
                 session.current(request.run)
                 return _answered(Described.of(self._layout))
             case HostStore():
+                session.current(request.run)
                 return _answered(StoreAddress(host.address(), session.host_store(request, host.address())))
             case Commit():
                 return _answered(self._commit(session, request))
@@ -171,7 +175,7 @@ class Agent:
     # What is answered at once.
 
     def _begin(self, request: Begin, host: Host) -> Began:
-        shards = list(self._shards())
+        shards = _listed(self._shards())
         for shard in shards:
             if not isinstance(shard, Shard):
                 raise errors.LayoutError(
@@ -198,7 +202,12 @@ class Agent:
             run = Run(request.run, request.actor, memory)
             run.wrote = was_torn
             self._written_by = run
-            self._sessions.setdefault(request.run.group, Session()).run = run
+            own = self._sessions.get(request.run.group)
+            if own is None:
+                # Not setdefault(): a session has a thread.
+                own = self._sessions[request.run.group] = self._make_session()
+
+            own.run = run
 
         place = Place(host.node(), _device_name(memory.device))
         return Began(digest=self._digest, place=place, nan=nan, version=self.version, torn=was_torn)
@@ -243,6 +252,17 @@ class Agent:
             raise TypeError(f"expected the sender's excerpt, got {type(attachment).__name__}")
 
         return Done(compare_step(session.buckets_of(request.step), run.memory, attachment.data))
+
+
+def _listed(found: object) -> list[Shard]:
+    """Return what the user's hook returned, if it is a list of anything."""
+    if inspect.iscoroutine(found):
+        found.close()
+
+    if not isinstance(found, Iterable):
+        raise errors.LayoutError(f"transfer_shards() must return a list of Shard values, got {type(found).__name__}")
+
+    return list(found)
 
 
 def _answered(reply: Reply) -> Future[Reply]:

@@ -23,11 +23,13 @@ class Lane:
 
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._closing = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Queue ``call`` and return the future of its result."""
+        """Queue ``call`` and return the future of its result; on a closed lane that is a :class:`RuntimeError`."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -41,12 +43,19 @@ class Lane:
             else:
                 future.set_result(result)
 
-        self._calls.put(run)
+        with self._closing:
+            if self._closed:
+                future.set_exception(RuntimeError("the transfer thread has ended"))
+            else:
+                self._calls.put(run)
+
         return future
 
     def close(self) -> None:
         """End the thread once it has worked off its calls."""
-        self._calls.put(None)
+        with self._closing:
+            self._closed = True
+            self._calls.put(None)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:

@@ -45,6 +45,14 @@ class Run:
         if self.given_up:
             raise errors.SyncAborted(self.given_up)
 
+    def give_up(self, reason: str) -> None:
+        """Let nothing more be read or written, and answer the steps that wait for their turn."""
+        self.given_up = reason
+        for _, future in self.waiting.values():
+            future.set_exception(errors.SyncAborted(reason))
+
+        self.waiting.clear()
+
 
 class Session:
     """
@@ -84,8 +92,13 @@ class Session:
     def enqueue(self, request: RunStep) -> Future[Reply]:
         """Hand the step to the lane as soon as all steps before it have been handed over."""
         future: Future[Reply] = Future()
+        # A caller on an event loop that stops waiting must not cancel what is yet to be answered.
+        future.set_running_or_notify_cancel()
         with self._lock:
             run = self.current(request.run)
+            if request.step < run.next_step or request.step in run.waiting:
+                raise errors.SyncError(f"step {request.step} of the run was asked for twice")
+
             run.waiting[request.step] = (request, future)
             while run.next_step in run.waiting:
                 ready, outer = run.waiting.pop(run.next_step)
@@ -97,13 +110,14 @@ class Session:
     def finish(self, name: RunId, deadline: Deadline) -> Finished:
         """Wait until all that was written is in place; return the sums of the run's steps. On the lane."""
         run = self.current(name)
-        if self._staging is None:
+        staging = self._staging
+        if staging is None:
             return Finished((), 0)
 
-        self._staging.finish(deadline)
+        staging.finish(deadline)
         run.check()
         checksums = [combine([int(value) for value in run.sums[step]]) for step in sorted(run.sums)]
-        return Finished(tuple(checksums), self._staging.nbytes)
+        return Finished(tuple(checksums), staging.nbytes)
 
     def give_up(self, name: RunId, reason: str) -> None:
         """End the run at once: nothing is written after this returns. Another run than the one named is left alone."""
@@ -114,11 +128,7 @@ class Session:
 
             self.run = None
             self._epoch += 1
-            run.given_up = reason
-            for _, future in run.waiting.values():
-                future.set_exception(errors.SyncAborted(reason))
-
-            run.waiting.clear()
+            run.give_up(reason)
             self._drop_connection(abort=True)
             idle = self.lane.submit(lambda: None)
             if not wait((idle,), timeout=_GRACE_SECONDS).done:
@@ -130,7 +140,7 @@ class Session:
         """Release everything. The session must not be used again."""
         with self._lock:
             if self.run is not None:
-                self.run.given_up = "the group was closed"
+                self.run.give_up("the group was closed")
 
             self.run = None
             self._program = None
@@ -176,6 +186,19 @@ class Session:
         started = deadline.left
         device = self.current(request.run).memory.device
         self._drop_connection(abort=False)
+        communicator = self._join(request, address, device, deadline)
+        with self._lock:
+            if epoch != self._epoch:
+                communicator.abort()
+                raise errors.SyncAborted("the connection was given up while it was made")
+
+            self._communicator = communicator
+            self._allocate()
+
+        return Connected(started - deadline.left, communicator.device_bytes)
+
+    def _join(self, request: Connect, address: str, device: torch.device, deadline: Deadline) -> Communicator:
+        """Meet the other members at the store, and return this actor's end. The one place where they meet."""
         store = self._stores.pop(request.connection, None)
         if store is None:
             store = join_store(request.host, request.port, seconds=deadline.left)
@@ -190,17 +213,7 @@ class Session:
             edges=request.edges,
             deadline=deadline,
         )
-        nccl = request.transport == "nccl"
-        communicator: Communicator = NcclCommunicator(rendezvous, device) if nccl else GlooCommunicator(rendezvous)
-        with self._lock:
-            if epoch != self._epoch:
-                communicator.abort()
-                raise errors.SyncAborted("the connection was given up while it was made")
-
-            self._communicator = communicator
-            self._allocate()
-
-        return Connected(started - deadline.left, communicator.device_bytes)
+        return NcclCommunicator(rendezvous, device) if request.transport == "nccl" else GlooCommunicator(rendezvous)
 
     def _allocate(self) -> None:
         """Hold two buckets, no larger than the largest that the program fills."""

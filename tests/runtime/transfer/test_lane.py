@@ -68,6 +68,14 @@ def test_a_closed_lane_works_off_what_it_was_given() -> None:
     assert last.result(SECONDS) == 5
 
 
+def test_a_call_given_to_a_closed_lane_fails_instead_of_waiting_for_ever() -> None:
+    lane = Lane("lane-test")
+    lane.close()
+    lane.close()
+    with pytest.raises(RuntimeError, match="has ended"):
+        lane.submit(lambda: 5).result(SECONDS)
+
+
 def test_a_lane_keeps_nothing_of_a_call_that_is_over() -> None:
     """What a call held, a model's memory say, must not live until the next call."""
 
