@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 
@@ -19,7 +19,6 @@ _BASE = ("to_wrap", "base_layer")
 Ranks = tuple[int, int]
 
 
-@runtime_checkable
 class _Group(Protocol):
     """What is asked of a ``torch.distributed.ProcessGroup``."""
 
@@ -87,12 +86,10 @@ def expert_ranks(module: torch.nn.Module) -> Ranks:
 
 def _ranks(module: torch.nn.Module, *, attribute: str, state: str) -> Ranks:
     collection: object = getattr(module, "pg_collection", None)
-    for group in (
-        getattr(module, "_tp_group", None),  # Transformer Engine may have been told of no group, or of another
-        getattr(module, "tp_group", None),
-        getattr(collection, attribute, None),
-    ):
-        if isinstance(group, _Group):
+    # Transformer Engine may have been told of no group, or of another: Megatron keeps its own besides.
+    for owner, name in ((module, "_tp_group"), (module, "tp_group"), (collection, attribute)):
+        group: _Group | None = getattr(owner, name, None)
+        if group is not None:
             return group.rank(), group.size()
 
     # Releases before the modules carried their groups.

@@ -136,20 +136,19 @@ class Parameters:
 
         :raises LayoutError: when a run's tensor is not in the checkpoint, or its other dims are of other sizes
         """
-        at = 0
+        extent, at = held.shape, 0
+        before, after = (0,) * dim, (0,) * (len(extent) - dim - 1)
         for run in runs:
             name = run.name + suffix
             shape = self._shape(name, held)
-            view = held.view if run.length == held.view.shape[dim] else held.view.narrow(dim, at, run.length)
-            extent = tuple(view.shape)
             if (*extent[:dim], *extent[dim + 1 :]) != (*shape[:dim], *shape[dim + 1 :]):
                 raise LayoutError(
-                    f"{held.path} has the shape {held.shape}, which holds no part of {name!r} of shape {shape}",
+                    f"{held.path} has the shape {extent}, which holds no part of {name!r} of shape {shape}",
                     tensor=name,
                 )
 
-            offset = tuple(run.start if d == dim else 0 for d in range(len(shape)))
-            self.shards.append(Shard(name, view, offset, shape))
+            view = held.view if run.length == extent[dim] else held.view.narrow(dim, at, run.length)
+            self.shards.append(Shard(name, view, (*before, run.start, *after), shape))
             self._note(name, held)
             at += run.length
 

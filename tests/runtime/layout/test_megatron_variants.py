@@ -16,6 +16,7 @@ from tests.runtime.layout.megatron_models import Parallel, build, fake_rank
 from tests.runtime.layout.megatron_whole import fill, whole_shards, whole_tensors
 from tests.runtime.layout.moving import move
 from wavecast.runtime import LayoutError, describe
+from wavecast.runtime.layout import lora
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.megatron import model_config, shards, trainable_names
 from wavecast.runtime.layout.megatron.modules import tensor_ranks
@@ -58,6 +59,37 @@ def test_adapters_are_looked_through(mapping, base):
                 setattr(module, name, Around(getattr(module, name), base))
 
     assert_brings(model, mapping, checkpoint)
+
+
+def test_an_adapter_on_the_fused_projection_is_merged_into_queries_keys_and_values():
+    config = ModelConfig.from_dict(QWEN2)
+    base = {name: value.float() for name, value in known_checkpoint(config).items()}
+    for value in base.values():
+        value.copy_(torch.arange(value.numel()).view(value.shape) % 31)
+
+    # Megatron's whole B: 2 groups of 6 queries, a key and a value of 2 elements each.
+    a = torch.arange(3 * 24.0).view(3, 24) % 7
+    b = torch.arange(32 * 3.0).view(32, 3) % 5
+    parallel = Parallel(tp=2, options={"params_dtype": torch.float32, "pipeline_dtype": torch.float32})
+    sources = []
+    for rank in range(2):
+        with fake_rank(rank, parallel):
+            [model] = build(QWEN2, parallel)
+            fill([model], whole_tensors(base, QWEN2, 24))
+
+        attention = model.decoder.layers[1].self_attention
+        attention.linear_qkv = Around(attention.linear_qkv, "to_wrap")
+        held = shards(model, config)
+        adapters = lora.attached(held, attention.linear_qkv.to_wrap.weight, a, b[16 * rank : 16 * rank + 16], scale=0.5)
+        sources.append(lora.merged(held, adapters))
+
+    received = {name: torch.zeros_like(value) for name, value in base.items()}
+    move(sources, [whole_shards(received)])
+    parts = (0.5 * b @ a).view(2, 16, 24).split([12, 2, 2], dim=1)
+    added = {f"model.layers.1.self_attn.{kind}_proj.weight": part for kind, part in zip("qkv", parts, strict=True)}
+    for name, value in base.items():
+        wanted = value + added[name].reshape(-1, 24) if name in added else value
+        assert torch.equal(received[name], wanted), name
 
 
 def test_wrappers_around_a_model_are_looked_through():
