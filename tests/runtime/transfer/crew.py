@@ -36,7 +36,7 @@ from wavecast.runtime.transfer.messages import (
     StepDone,
     StoreAddress,
 )
-from wavecast.runtime.transfer.program import Program, compile_programs, pack_programs
+from wavecast.runtime.transfer.program import Bucket, Program, Step, compile_programs, fill_buckets, pack_programs
 from wavecast.runtime.transfer.session import Session
 from wavecast.scheduler import Schedule, plan_waves
 
@@ -109,7 +109,7 @@ class Crew:
     """
     A driver and its agents.
 
-    :ivar replies: of the last run's steps, by actor and step
+    :ivar run: the one under way, or the last
     """
 
     def __init__(
@@ -172,6 +172,9 @@ class Crew:
     async def load(self) -> list[Reply]:
         packed = pack_programs(self.programs)
         return await self.ask_all(lambda actor: Load(self.run, packed[actor]))
+
+    def buckets(self, actor: int, step: Step) -> tuple[Bucket, ...]:
+        return fill_buckets(step.cuts, bucket_bytes=self.programs[actor].bucket_bytes)
 
     def step(self, actor: int, step: int, *, seconds: float = SECONDS) -> RunStep:
         return RunStep(self.run, step, self.programs[actor].digest, seconds)

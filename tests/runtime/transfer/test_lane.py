@@ -17,7 +17,12 @@ SECONDS = 10.0
 def test_calls_run_in_order_on_one_daemon_thread() -> None:
     lane = Lane("lane-test")
     seen: list[int] = []
-    futures = [lane.submit(lambda i=i: (seen.append(i), threading.current_thread())[1]) for i in range(50)]  # type: ignore[misc]
+
+    def call(number: int) -> threading.Thread:
+        seen.append(number)
+        return threading.current_thread()
+
+    futures = [lane.submit(lambda number=number: call(number)) for number in range(50)]  # type: ignore[misc]
     threads = {future.result(SECONDS) for future in futures}
     assert seen == list(range(50))
     (thread,) = threads

@@ -1,0 +1,309 @@
+"""Two buckets taking turns: what is packed, sent, received and unpacked, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.transfer.checksum import fold
+from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, Fence, MoveTimeout
+from wavecast.runtime.transfer.memory import Memory
+from wavecast.runtime.transfer.program import Bucket, Cut, fill_buckets
+from wavecast.runtime.transfer.staging import Leg, Staging
+
+CPU = torch.device("cpu")
+
+
+class Script:
+    """
+    A communicator that writes down what happens to it.
+
+    The wire is the list ``sent``: what is received comes out of ``coming``, when the move is finished and no earlier.
+    """
+
+    def __init__(self, log: list[str], coming: list[int] | None = None) -> None:
+        self.rank = 0
+        self.device = CPU
+        self.device_bytes = 0
+        self.log = log
+        self.sent: list[list[int]] = []
+        self.coming = coming or []
+        self.failure: CommunicatorError | None = None
+        self._moves = 0
+
+    def start(
+        self, buffer: torch.Tensor, *, sender: int, receivers: tuple[int, ...], deadline: Deadline
+    ) -> ScriptedMove:
+        number = self._moves
+        self._moves += 1
+        self.log.append(f"start {number}")
+        return ScriptedMove(self, number, buffer, sends=sender == self.rank)
+
+    def fence(self) -> Fence:
+        return ScriptedFence(self.log)
+
+    def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ScriptedMove:
+    def __init__(self, script: Script, number: int, buffer: torch.Tensor, *, sends: bool) -> None:
+        self._script = script
+        self._number = number
+        self._buffer = buffer
+        self._sends = sends
+
+    def finish(self, deadline: Deadline) -> None:
+        self._script.log.append(f"finish {self._number}")
+        if self._script.failure is not None:
+            raise self._script.failure
+
+        # Read and written as late as can be: a slot used again too early shows.
+        values = self._buffer.view(torch.int32)
+        if self._sends:
+            self._script.sent.append(values.tolist())
+        else:
+            values.fill_(self._script.coming.pop(0))
+
+
+class ScriptedFence:
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def wait(self, deadline: Deadline) -> None:
+        self._log.append("wait")
+
+
+class Source:
+    """Eight elements a tensor; each reading is written down."""
+
+    def __init__(self, log: list[str], names: str) -> None:
+        self.values = {name: number for number, name in enumerate(names)}
+        self._log = log
+        self.memory = Memory(
+            [Shard(name, Computed((8,), torch.int32, CPU, self._reader(name)), (0,), (8,)) for name in names]
+        )
+
+    def _reader(self, name: str) -> Callable[[Box], torch.Tensor]:
+        def read(box: Box) -> torch.Tensor:
+            self._log.append(f"pack {name}")
+            return torch.full(box.extent, self.values[name], dtype=torch.int32)
+
+        return read
+
+
+def buckets_of(names: str) -> tuple[Bucket, ...]:
+    """One bucket a tensor."""
+    return fill_buckets([Cut(name, (0,), (8,), "int32") for name in names], bucket_bytes=32)
+
+
+def leg(
+    memory: Memory,
+    buckets: tuple[Bucket, ...],
+    *,
+    sender: int = 0,
+    ahead: Bucket | None = None,
+    sums: list[torch.Tensor] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Leg:
+    return Leg(
+        sender=sender,
+        receivers=(1,) if sender == 0 else (0,),
+        buckets=buckets,
+        ahead=ahead,
+        forwards=False,
+        memory=memory,
+        sums=sums,
+        deadline=Deadline(5),
+        check=check,
+    )
+
+
+def test_the_next_bucket_is_packed_while_one_travels() -> None:
+    log: list[str] = []
+    script, source = Script(log), Source(log, "abcd")
+    staging = Staging(32, script)
+    staging.begin(None)
+    staging.send(leg(source.memory, buckets_of("abcd")))
+    assert log == [
+        "pack a", "start 0",
+        "pack b", "start 1",
+        "finish 0", "pack c", "start 2",
+        "finish 1", "pack d", "start 3",
+        "finish 2", "finish 3", "wait", "wait",
+    ]  # fmt: skip
+    assert script.sent == [[0] * 8, [1] * 8, [2] * 8, [3] * 8]
+
+
+def test_the_first_bucket_of_the_next_step_is_packed_while_the_last_of_this_one_travels() -> None:
+    log: list[str] = []
+    script, source = Script(log), Source(log, "abcde")
+    staging = Staging(32, script)
+    first, second = buckets_of("abc"), buckets_of("de")
+    staging.begin(None)
+    staging.send(leg(source.memory, first, ahead=second[0]))
+    assert log[-5:] == ["start 2", "finish 1", "pack d", "finish 2", "wait"]
+    del log[:]
+    staging.send(leg(source.memory, second))
+    assert log[:3] == ["start 3", "pack e", "start 4"]
+    assert script.sent == [[number] * 8 for number in range(5)]
+
+
+def test_what_was_packed_ahead_is_forgotten_when_a_run_begins() -> None:
+    """The run before it was given up between two steps; the weights have changed since."""
+    log: list[str] = []
+    script, source = Script(log), Source(log, "ab")
+    staging = Staging(32, script)
+    first, second = buckets_of("a"), buckets_of("b")
+    staging.begin(None)
+    staging.send(leg(source.memory, first, ahead=second[0]))
+    source.values = {"a": 10, "b": 11}
+    staging.begin(None)
+    staging.send(leg(source.memory, first, ahead=second[0]))
+    staging.send(leg(source.memory, second))
+    assert script.sent == [[0] * 8, [10] * 8, [11] * 8]
+
+
+def test_an_empty_step_still_packs_ahead() -> None:
+    log: list[str] = []
+    script, source = Script(log), Source(log, "a")
+    staging = Staging(32, script)
+    (bucket,) = buckets_of("a")
+    staging.begin(None)
+    staging.send(leg(source.memory, (), ahead=bucket))
+    staging.send(leg(source.memory, (bucket,)))
+    assert log == ["pack a", "start 0", "finish 0", "wait"]
+
+
+def targets(names: str) -> tuple[list[torch.Tensor], Memory]:
+    views = [torch.zeros(8, dtype=torch.int32) for _ in names]
+    return views, Memory([Shard(name, view, (0,), (8,)) for name, view in zip(names, views, strict=True)])
+
+
+def test_a_bucket_is_unpacked_while_the_next_one_travels() -> None:
+    log: list[str] = []
+    views, memory = targets("abc")
+    script = Script(log, coming=[7, 8, 9])
+    sums: list[torch.Tensor] = []
+    staging = Staging(32, script)
+    staging.begin(None)
+    staging.receive(leg(memory, buckets_of("abc"), sender=1, sums=sums, check=lambda: log.append("write")))
+    assert log == [
+        "start 0",
+        "start 1",
+        "finish 0", "write", "start 2",
+        "finish 1", "write",
+        "finish 2", "write",
+        "wait", "wait",
+    ]  # fmt: skip
+    assert [view.tolist() for view in views] == [[7] * 8, [8] * 8, [9] * 8]
+    # The order of the sums is that of the buckets, though two are settled at the end.
+    assert [int(value) for value in sums] == [
+        int(fold(torch.full((8,), value, dtype=torch.int32).view(torch.uint8))) for value in (7, 8, 9)
+    ]
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abc", "abcd"])
+def test_both_ends_sum_up_alike_whatever_turn_a_step_starts_with(names: str) -> None:
+    log: list[str] = []
+    source = Source(log, names)
+    _, memory = targets(names)
+    sender, receiver = Staging(32, Script(log)), Staging(32, Script(log, coming=[*range(len(names))] * 2))
+    for staging in (sender, receiver):
+        staging.begin(None)
+
+    for _ in range(2):
+        sent: list[torch.Tensor] = []
+        found: list[torch.Tensor] = []
+        sender.send(leg(source.memory, buckets_of(names), sums=sent))
+        receiver.receive(leg(memory, buckets_of(names), sender=1, sums=found))
+        assert [int(value) for value in sent] == [int(value) for value in found]
+        assert len(sent) == len(names)
+
+
+class GivenUp(Exception):
+    pass
+
+
+def give_up() -> None:
+    raise GivenUp
+
+
+def test_nothing_is_written_once_the_run_was_given_up() -> None:
+    views, memory = targets("ab")
+    script = Script([], coming=[7, 8])
+    staging = Staging(32, script)
+    staging.begin(None)
+    with pytest.raises(GivenUp):
+        staging.receive(leg(memory, buckets_of("ab"), sender=1, check=give_up))
+
+    assert not any(view.any() for view in views)
+
+
+def test_nothing_is_read_or_sent_once_the_run_was_given_up() -> None:
+    log: list[str] = []
+    staging, source = Staging(32, Script(log)), Source(log, "a")
+    staging.begin(None)
+    with pytest.raises(GivenUp):
+        staging.send(leg(source.memory, buckets_of("a"), check=give_up))
+
+    assert log == []
+
+
+def test_a_move_that_fails_is_not_unpacked() -> None:
+    views, memory = targets("a")
+    script = Script([], coming=[7])
+    script.failure = MoveTimeout("too slow")
+    staging = Staging(32, script)
+    staging.begin(None)
+    with pytest.raises(MoveTimeout, match="too slow"):
+        staging.receive(leg(memory, buckets_of("a"), sender=1))
+
+    assert not views[0].any()
+
+
+def test_a_run_after_a_failed_one_starts_afresh() -> None:
+    log: list[str] = []
+    views, memory = targets("ab")
+    script = Script(log, coming=[7, 8])
+    script.failure = MoveTimeout("too slow")
+    staging = Staging(32, script)
+    staging.begin(None)
+    with pytest.raises(MoveTimeout):
+        staging.receive(leg(memory, buckets_of("ab"), sender=1))
+
+    script.failure = None
+    staging.begin(None)
+    staging.receive(leg(memory, buckets_of("ab"), sender=1))
+    assert [view.tolist() for view in views] == [[7] * 8, [8] * 8]
+
+
+def test_it_holds_two_buckets_and_says_so() -> None:
+    staging = Staging(48, Script([]))
+    assert staging.nbytes == 96
+
+
+def test_nothing_is_summed_up_where_no_sums_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(data: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("summed up")
+
+    monkeypatch.setattr("wavecast.runtime.transfer.staging.fold", never)
+    log: list[str] = []
+    staging, source = Staging(32, Script(log)), Source(log, "a")
+    staging.begin(None)
+    staging.send(leg(source.memory, buckets_of("a")))
+    _, memory = targets("a")
+    Staging(32, Script(log, coming=[1])).receive(leg(memory, buckets_of("a"), sender=1))
+
+
+def test_the_end_of_a_run_waits_for_both_slots() -> None:
+    log: list[str] = []
+    Staging(32, Script(log)).finish(Deadline(1))
+    assert log == ["wait", "wait"]
