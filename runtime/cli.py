@@ -174,8 +174,9 @@ def sync(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a refusal is one line on stderr and exit code 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = cli.main(args=None if argv is None else list(argv), prog_name="wavecast", standalone_mode=False)
+        code = cli.main(args=args or ["--help"], prog_name="wavecast", standalone_mode=False)
     except (WavecastError, SchedulerError) as error:
         click.echo(f"wavecast: {error}".replace("\n", " "), err=True)
         sys.exit(_REFUSED)

@@ -15,6 +15,8 @@ Transport = Literal["auto", "nccl", "gloo"]
 
 _ALIGNMENT = 16
 _LEAST_BUDGET = 64 << 10
+#: About a year; what is much longer no transport can be told.
+_MOST_SECONDS = 3e7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,14 @@ class SyncOptions:
     allow_missing: Collection[str] = ()
 
     def __post_init__(self) -> None:
+        # A string is a collection of strings too: of its letters.
+        _require(not isinstance(self.allow_missing, str), "allow_missing", self.allow_missing, "a collection of names")
         object.__setattr__(self, "allow_missing", frozenset(self.allow_missing))
+        for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "frequency"):
+            value = getattr(self, name)
+            optional = name in ("chunk_bytes", "lookahead")
+            _require(isinstance(value, int) or (optional and value is None), name, value, "an integer")
+
         _require(self.transport in ("auto", "nccl", "gloo"), "transport", self.transport, "auto, nccl or gloo")
         _require(self.budget_bytes >= _LEAST_BUDGET, "budget_bytes", self.budget_bytes, f"at least {_LEAST_BUDGET}")
         _require(
@@ -66,7 +75,12 @@ class SyncOptions:
         _require(self.ports in ("half", "full"), "ports", self.ports, "half or full")
         _require(self.lookahead is None or self.lookahead >= 0, "lookahead", self.lookahead, "None, 0 or more")
         _require(self.in_flight >= 1, "in_flight", self.in_flight, "at least 1")
-        _require(self.deadline_seconds > 0, "deadline_seconds", self.deadline_seconds, "positive")
+        _require(
+            0 < self.deadline_seconds <= _MOST_SECONDS,
+            "deadline_seconds",
+            self.deadline_seconds,
+            f"positive and at most {_MOST_SECONDS:.0f}",
+        )
         _require(self.frequency >= 0, "frequency", self.frequency, "0 or more")
 
     @property

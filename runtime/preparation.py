@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from wavecast.runtime.errors import LayoutError, TransportUnavailable
+from wavecast.runtime.errors import ConfigError, LayoutError, TransportUnavailable
 from wavecast.runtime.layout.shard import Layout, Place
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
@@ -97,10 +97,14 @@ def select_names(destinations: Sequence[Layout], only: Only) -> frozenset[str] |
     """
     Return the names that ``only`` picks out of what the destinations hold, or ``None`` for all.
 
+    :raises ConfigError: for a string, which is a collection of letters
     :raises LayoutError: for a name that no destination holds, and when nothing is picked
     """
     if only is None:
         return None
+
+    if isinstance(only, str):
+        raise ConfigError(f"only= is the string {only!r}; give a collection of names, or a predicate")
 
     held = dict.fromkeys(piece.tensor for layout in destinations for piece in layout.pieces)
     if callable(only):

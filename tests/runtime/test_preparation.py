@@ -1,0 +1,171 @@
+"""What is decided before a byte moves: names, transport, programs and what connects the actors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from wavecast.runtime.errors import ConfigError, LayoutError, TransportUnavailable
+from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.shard import Layout, Piece, Place
+from wavecast.runtime.options import SyncOptions
+from wavecast.runtime.preparation import Preparation, choose_transport, prepare, select_names
+
+
+def rows(tensor: str, size: int, parts: int, part: int) -> Piece:
+    """The part of a matrix of ``size`` rows of 64 float32 that one of ``parts`` holds."""
+    low, high = size * part // parts, size * (part + 1) // parts
+    return Piece(tensor, Box((low, 0), (high - low, 64)), (size, 64), "float32")
+
+
+def side(parts: int, *tensors: str) -> list[Layout]:
+    return [Layout(tuple(rows(tensor, 12, parts, part) for tensor in tensors)) for part in range(parts)]
+
+
+def made(
+    sources: Sequence[Layout],
+    destinations: Sequence[Layout],
+    *,
+    names: frozenset[str] | None = None,
+    options: SyncOptions | None = None,
+) -> Preparation:
+    return prepare(sources, destinations, options or SyncOptions(chunk_bytes=512), names)
+
+
+def test_three_sources_to_two_destinations() -> None:
+    """Twelve rows of 256 bytes: source 1 serves both, so there are four edges; a chunk is two rows."""
+    ready = made(side(3, "w"), side(2, "w"))
+    assert ready.plan.nbytes == 12 * 256
+    assert sorted(ready.edges) == [(0, 3), (1, 3), (1, 4), (2, 4)]
+    assert ready.groups == ()
+    assert [len(program.steps) for program in ready.programs] == [2, 2, 2, 3, 3]
+    assert {program.digest for program in ready.programs} == {ready.digest}
+    assert [packed.unpack() for packed in ready.packed] == list(ready.programs)
+
+
+def test_replicas_are_reached_by_one_broadcast_among_sorted_members() -> None:
+    ready = made(side(2, "w"), [*side(1, "w"), *side(1, "w"), *side(1, "w")])
+    assert sorted(ready.groups) == [(0, 2, 3, 4), (1, 2, 3, 4)]
+    assert ready.edges == ()
+
+
+def test_edges_and_groups_come_in_the_order_of_the_schedule_each_once() -> None:
+    ready = made(side(3, "w"), side(2, "w"), options=SyncOptions(chunk_bytes=256))
+    in_order = [(task.senders[0], task.receivers[0]) for wave in ready.schedule.waves for task in wave.tasks]
+    assert len(in_order) == 12
+    assert ready.edges == tuple(dict.fromkeys(in_order))
+
+
+def test_each_members_step_of_a_task_is_where_its_program_has_it() -> None:
+    ready = made(side(3, "w", "v"), side(2, "w", "v"))
+    for wave in ready.schedule.waves:
+        for task in wave.tasks:
+            for member in task.members:
+                assert ready.programs[member].steps[ready.step_of[member][task.id]].task == task.id
+
+    assert [len(steps) for steps in ready.step_of] == [len(program.steps) for program in ready.programs]
+
+
+def test_the_digest_follows_the_plan_the_bucket_and_the_checksum() -> None:
+    sources, destinations = side(3, "w"), side(2, "w")
+    first = made(sources, destinations)
+    assert made(sources, destinations).digest == first.digest
+    others = [
+        made(side(2, "w"), destinations),
+        made(sources, destinations, options=SyncOptions(chunk_bytes=1024)),
+        made(sources, destinations, options=SyncOptions(chunk_bytes=512, budget_bytes=1 << 20)),
+        made(sources, destinations, options=SyncOptions(chunk_bytes=512, checksum=False)),
+    ]
+    assert len({first.digest, *(other.digest for other in others)}) == 5
+
+
+def test_only_the_names_selected_are_planned() -> None:
+    ready = made(side(2, "w", "v"), side(1, "w", "v"), names=frozenset({"v"}))
+    assert {route.tensor for route in ready.plan.routes} == {"v"}
+    assert ready.plan.nbytes == 12 * 256
+
+
+def test_what_is_not_selected_may_be_missing() -> None:
+    made(side(2, "w"), side(1, "w", "v"), names=frozenset({"w"}))
+    with pytest.raises(LayoutError) as caught:
+        made(side(2, "w"), side(1, "w", "v"))
+
+    assert caught.value.tensor == "v"
+
+
+def test_what_is_allowed_to_be_missing_is_left_out() -> None:
+    ready = made(side(2, "w"), side(1, "w", "v"), options=SyncOptions(allow_missing=["v"]))
+    assert {route.tensor for route in ready.plan.routes} == {"w"}
+
+
+def test_nothing_to_move_makes_empty_programs() -> None:
+    ready = made(side(1, "v"), side(1, "w"), options=SyncOptions(allow_missing=["w"]))
+    assert [program.steps for program in ready.programs] == [(), ()]
+    assert ready.edges == ready.groups == ()
+
+
+def test_names_are_selected_by_set_list_or_predicate() -> None:
+    destinations = side(2, "a.weight", "b.weight", "b.bias")
+    assert select_names(destinations, None) is None
+    assert select_names(destinations, {"a.weight"}) == frozenset({"a.weight"})
+    assert select_names(destinations, ["b.bias", "a.weight", "b.bias"]) == frozenset({"a.weight", "b.bias"})
+    assert select_names(destinations, lambda name: name.startswith("b.")) == frozenset({"b.weight", "b.bias"})
+
+
+def test_a_selection_that_cannot_be_meant_is_refused() -> None:
+    destinations = side(1, "a", "b")
+    with pytest.raises(LayoutError, match="only= names 'c', which no destination holds") as caught:
+        select_names(destinations, ["d", "a", "c"])
+
+    assert caught.value.tensor == "c"
+    with pytest.raises(LayoutError, match="picks no tensor"):
+        select_names(destinations, [])
+
+    with pytest.raises(LayoutError, match="picks no tensor"):
+        select_names(destinations, lambda name: False)
+
+    # One name is no collection of names: it would be taken for its letters.
+    with pytest.raises(ConfigError, match=r"only= is the string 'ab'"):
+        select_names(destinations, "ab")
+
+
+def test_a_predicate_is_asked_once_a_name_in_the_order_held() -> None:
+    asked: list[str] = []
+
+    def predicate(name: str) -> bool:
+        asked.append(name)
+        return True
+
+    select_names(side(3, "z", "a"), predicate)
+    assert asked == ["z", "a"]
+
+
+CPU = Place("n0", "cpu")
+GPUS = [Place("n0", "GPU-0"), Place("n0", "GPU-1"), Place("n1", "GPU-0")]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "places", "chosen"),
+    [
+        ("auto", GPUS, "nccl"),
+        ("auto", [*GPUS, CPU], "gloo"),
+        ("auto", [CPU, CPU], "gloo"),
+        ("auto", [*GPUS, GPUS[1]], "gloo"),
+        ("gloo", GPUS, "gloo"),
+        ("nccl", GPUS, "nccl"),
+    ],
+)
+def test_nccl_is_taken_where_every_actor_has_a_gpu_of_its_own(wanted: str, places: list[Place], chosen: str) -> None:
+    assert choose_transport(wanted, places) == chosen
+
+
+def test_nccl_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(TransportUnavailable, match="host memory") as caught:
+        choose_transport("nccl", [GPUS[0], CPU, GPUS[1], CPU])
+
+    assert caught.value.actors == (1, 3)
+    with pytest.raises(TransportUnavailable, match="these share one") as caught:
+        choose_transport("nccl", [GPUS[0], GPUS[1], GPUS[2], GPUS[1]])
+
+    assert caught.value.actors == (1, 3)
