@@ -248,7 +248,12 @@ def test_auto_says_what_it_chose_and_why() -> None:
 
     broadcast = plan_waves([*pairs, Task(9, (1,), (2, 3), 7)])
     assert broadcast.strategy in STRATEGIES
-    assert broadcast.reason.startswith("conflicts that are not bipartite: the shortest of ")
+    assert broadcast.reason == "conflicts that are not bipartite: 9 bytes in 3 waves meet the bounds"
+
+    # Seven actors that exchange, each pair with an eighth too: no colouring meets these bounds.
+    rng = random.Random(0)
+    mixed = [Task(id, (a,), (b, 7), rng.randrange(1, 9)) for id, (a, b) in enumerate(combinations(range(7), 2))]
+    assert plan_waves(mixed).reason.startswith("conflicts that are not bipartite: ")
     assert plan_waves(pairs, strategy="dsatur").reason == ""
 
 
