@@ -113,7 +113,7 @@ def _serve(recipe: Recipe, rank: int, calls: Connection, control: Connection) ->
         torch.cuda.set_device(communicator.device)
 
     calls.send(None)
-    moves: Moves = {}
+    moves: dict[int, tuple[Move, torch.Tensor]] = {}
     with contextlib.suppress(EOFError):
         while True:
             name, *args = calls.recv()
