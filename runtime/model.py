@@ -13,7 +13,7 @@ from wavecast.runtime.layout.mesh import MeshSpec
 from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.presets import preset
 
-__all__ = ("DEFAULT_PRESET", "Sides", "describe_sides", "resolve_model")
+__all__ = ("DEFAULT_PRESET", "Sides", "as_table", "describe_sides", "resolve_model")
 
 DEFAULT_PRESET = "tiny-qwen2"
 

@@ -25,7 +25,7 @@ from wavecast.runtime.plan_job import gigabytes
 from wavecast.runtime.report import SyncReport
 from wavecast.scheduler import TaskReceipt
 
-__all__ = ("SyncJob", "SyncOutcome", "run_sync_job", "sync_as_json", "sync_as_table")
+__all__ = ("SyncJob", "SyncOutcome", "run", "run_sync_job", "sync_as_json", "sync_as_table")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from wavecast.scheduler.ports import PortModel, build_graph
 from wavecast.scheduler.strategies import STRATEGIES, choose
 from wavecast.scheduler.task import Task
 
-__all__ = ("Wave", "Schedule", "plan_waves")
+__all__ = ("Wave", "Schedule", "gather", "plan_waves")
 
 _NO_BOUND = Bound(0, 0)
 
