@@ -65,7 +65,10 @@ class Weights:
         if step == 0:
             return stored
 
-        return (stored.view(lanes) ^ (bits & _LOW[dtype.itemsize]).to(lanes)).view(dtype)
+        held = stored.view(lanes)
+        flips = (bits & _LOW[dtype.itemsize]).to(lanes)
+        # A NaN comes right after the largest float8: where the next bit is set as well, the lowest one stays.
+        return (held ^ (flips & ~(held >> 1) if dtype.itemsize == 1 else flips)).view(dtype)
 
     def _bits(self, piece: Piece, box: Box, step: int, device: torch.device) -> torch.Tensor:
         """Return a pseudo-random int64 for each element, from its place in the logical tensor alone."""
