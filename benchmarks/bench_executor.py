@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -109,14 +111,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=7, help="drives of each way; medians are reported")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        rows = [row for count in options.actors for row in measure(count, waves=options.waves, repeat=options.repeat)]
-        skewed = measure_skewed(repeat=3)
-    finally:
-        ray.shutdown()
+    # Ray writes warnings to standard output, which is kept for the figures.
+    with contextlib.redirect_stdout(sys.stderr):
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            rows = [
+                row for count in options.actors for row in measure(count, waves=options.waves, repeat=options.repeat)
+            ]
+            skewed = measure_skewed(repeat=3)
+        finally:
+            ray.shutdown()
 
-    report = {"environment": environment(), "driving": rows, "skewed": skewed}
+    report = {"environment": environment() | {"load": os.getloadavg()}, "driving": rows, "skewed": skewed}
     print(json.dumps(report, indent=1) if options.json else table(report))
     return 0
 

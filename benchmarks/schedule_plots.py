@@ -8,7 +8,7 @@ from pathlib import Path
 __all__ = ("plot",)
 
 Row = Mapping[str, object]
-_SHOWN = {"chatlearn": "#c44e52", "halving": "#dd8452", "first_fit": "#8c8c8c", "auto": "#4c72b0"}
+_SHOWN = {"chatlearn": "#c44e52", "halving": "#dd8452", "first_fit": "#8c8c8c", "cut": "#55a868", "auto": "#4c72b0"}
 
 
 def plot(report: Mapping[str, object], directory: Path) -> None:
@@ -18,6 +18,7 @@ def plot(report: Mapping[str, object], directory: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams |= {
         "svg.hashsalt": "wavecast",
+        "svg.fonttype": "none",
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
