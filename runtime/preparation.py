@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from wavecast.runtime.errors import ConfigError, LayoutError, TransportUnavailable
 from wavecast.runtime.layout.shard import Layout, Place
@@ -17,8 +18,8 @@ from wavecast.scheduler import Schedule, plan_waves, verify
 
 __all__ = ("Only", "Preparation", "prepare", "select_names", "choose_transport")
 
-#: Which logical tensors to sync: a set of names or a predicate over names; ``None`` for all.
-Only = Collection[str] | Callable[[str], bool] | None
+#: Which logical tensors to sync: a set of names, a predicate over names, or those in training; ``None`` for all.
+Only = Collection[str] | Callable[[str], bool] | Literal["trainable"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +94,25 @@ def prepare(
     )
 
 
-def select_names(destinations: Sequence[Layout], only: Only) -> frozenset[str] | None:
+def select_names(sources: Sequence[Layout], destinations: Sequence[Layout], only: Only) -> frozenset[str] | None:
     """
     Return the names that ``only`` picks out of what the destinations hold, or ``None`` for all.
 
-    :raises ConfigError: for a string, which is a collection of letters
+    ``"trainable"`` picks the tensors that some source holds and no source has frozen.
+
+    :raises ConfigError: for any other string, which is a collection of letters
     :raises LayoutError: for a name that no destination holds, and when nothing is picked
     """
     if only is None:
         return None
 
-    if isinstance(only, str):
-        raise ConfigError(f"only= is the string {only!r}; give a collection of names, or a predicate")
-
     held = dict.fromkeys(piece.tensor for layout in destinations for piece in layout.pieces)
-    if callable(only):
+    if isinstance(only, str):
+        if only != "trainable":
+            raise ConfigError(f'only= is the string {only!r}; give a collection of names, a predicate, or "trainable"')
+
+        names = _trained(sources) & held.keys()
+    elif callable(only):
         names = frozenset(name for name in held if only(name))
     else:
         names = frozenset(only)
@@ -119,6 +124,11 @@ def select_names(destinations: Sequence[Layout], only: Only) -> frozenset[str] |
         raise LayoutError("only= picks no tensor that a destination holds")
 
     return names
+
+
+def _trained(sources: Sequence[Layout]) -> frozenset[str]:
+    frozen = {name for layout in sources for name in layout.frozen}
+    return frozenset(piece.tensor for layout in sources for piece in layout.pieces if piece.tensor not in frozen)
 
 
 def choose_transport(wanted: str, places: Sequence[Place]) -> str:

@@ -76,6 +76,7 @@ def shards(
 
     A DTensor's shards are those of its placements; one on whose mesh this rank is not gives none. A plain tensor is
     whole: a replica. Tied parameters come once, under the name the module lists first; ``names`` may give more.
+    Buffers, and parameters without ``requires_grad``, are not trainable.
 
     Modules of ``fully_shard`` that are left gathered after a forward pass are resharded first, as their
     ``state_dict()`` does: the gathered copy would be older than the optimizer's last step.
@@ -90,26 +91,33 @@ def shards(
     """
     found: list[Shard] = []
     for name, tensor in _named_tensors(module, buffers=buffers):
+        trainable = None if isinstance(tensor, torch.nn.Parameter) or not isinstance(module, torch.nn.Module) else False
         for logical in map_name(names, name):
-            found.extend(tensor_shards(logical, tensor))
+            found.extend(tensor_shards(logical, tensor, trainable=trainable))
 
     return found
 
 
-def tensor_shards(name: str, tensor: torch.Tensor) -> list[Shard]:
+def tensor_shards(name: str, tensor: torch.Tensor, *, trainable: bool | None = None) -> list[Shard]:
     """
     Return what this rank holds of one tensor, a DTensor or a plain one, under the logical name ``name``.
 
     One shard for each box: a DTensor that is cut twice along a dim may hold several. None where it holds nothing.
 
+    :param trainable: what the shards say of it; left out, a parameter is trainable that has ``requires_grad``, and
+        so is whatever is no parameter
     :raises LayoutError: as :func:`shards`
     """
     if _is_flat(tensor):
         raise LayoutError(f"{name!r} is an FSDP1 flat parameter: give it to wavecast.runtime.layout.flat", tensor=name)
 
     shape = tuple(tensor.shape)
+    if trainable is None:
+        trainable = tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
+
     if not _is_distributed(tensor):
-        return [Shard(name, tensor.detach(), (0,) * len(shape), shape)] if tensor.numel() else []
+        whole = (0,) * len(shape)
+        return [Shard(name, tensor.detach(), whole, shape, trainable=trainable)] if tensor.numel() else []
 
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
@@ -121,7 +129,9 @@ def tensor_shards(name: str, tensor: torch.Tensor) -> list[Shard]:
     runs = _runs(name, tensor, coordinate)
     _check_local(name, local, runs, tensor)
     return [
-        Shard(name, elements(local, Box(at, box.extent)), box.offset, shape) for at, box in _boxes(runs) if box.numel
+        Shard(name, elements(local, Box(at, box.extent)), box.offset, shape, trainable=trainable)
+        for at, box in _boxes(runs)
+        if box.numel
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 
 from wavecast.runtime.errors import LayoutError
@@ -52,10 +52,15 @@ class _Partitioned(Protocol):
     ds_tensor: torch.Tensor
     ds_shape: Sequence[int]
     ds_process_group: torch.distributed.ProcessGroup
+    requires_grad: bool
 
 
 def flat_shards(
-    flat: torch.Tensor, parameters: Iterable[tuple[str | None, Sequence[int]]], *, start: int = 0
+    flat: torch.Tensor,
+    parameters: Iterable[tuple[str | None, Sequence[int]]],
+    *,
+    start: int = 0,
+    frozen: Collection[str] = (),
 ) -> list[Shard]:
     """
     Return what a range of a flattened parameter holds of the parameters that were laid end to end in it.
@@ -66,6 +71,7 @@ def flat_shards(
     :param flat: this rank's elements, of one dim
     :param parameters: name and shape of each parameter in turn, row-major; ``None`` names padding between them
     :param start: which element of the whole flattened parameter is the first of ``flat``
+    :param frozen: names of parameters that are not trainable
     :raises LayoutError: when ``flat`` has not one dim or ``start`` is negative
     """
     if flat.dim() != 1 or start < 0:
@@ -79,7 +85,7 @@ def flat_shards(
         last = first + math.prod(shape)
         if name is not None and first < stop and last > start:
             low, high = max(start, first), min(stop, last)
-            found.extend(_cut(name, flat[low - start : high - start], shape, low - first))
+            found.extend(_cut(name, flat[low - start : high - start], shape, low - first, name not in frozen))
 
         first = last
 
@@ -170,7 +176,16 @@ def _handle_shards(handle: _Handle, prefix: str) -> list[Shard]:
     # Before the first forward pass the flat parameter itself is the local shard.
     local = getattr(flat, "_local_shard", handle.flat_param).detach()
     start = handle.rank * local.shape[0] if handle.uses_sharded_strategy else 0
-    return flat_shards(local, parameters, start=start)
+    return flat_shards(local, parameters, start=start, frozen=_frozen_names(handle.flat_param, names))
+
+
+def _frozen_names(flat: torch.Tensor, names: Sequence[str]) -> frozenset[str]:
+    """Return those of the parameters in ``flat`` that are not trained: all or none, unless FSDP kept the originals."""
+    originals: Sequence[torch.Tensor] | None = getattr(flat, "_params", None)
+    if originals is None:
+        return frozenset() if flat.requires_grad else frozenset(names)
+
+    return frozenset(name for name, original in zip(names, originals, strict=True) if not original.requires_grad)
 
 
 def _managed_names(flat: _FlatParameter, prefix: str) -> Iterator[str]:
@@ -185,7 +200,9 @@ def _partition_shards(name: str, parameter: _Partitioned) -> list[Shard]:
     if part.numel() != each or getattr(part, "ds_quant_scale", None) is not None:
         raise LayoutError(f"ZeRO-3 has {name!r} swapped out or quantised: its elements cannot be read", tensor=name)
 
-    return flat_shards(part.detach(), [(name, tuple(parameter.ds_shape))], start=each * _partition_rank(parameter))
+    frozen = () if parameter.requires_grad else (name,)
+    start = each * _partition_rank(parameter)
+    return flat_shards(part.detach(), [(name, tuple(parameter.ds_shape))], start=start, frozen=frozen)
 
 
 def _partition_rank(parameter: _Partitioned) -> int:
@@ -202,10 +219,10 @@ def _join(prefix: str, name: str) -> str:
     return clean_name(f"{prefix}.{name}" if prefix else name)
 
 
-def _cut(name: str, elements: torch.Tensor, shape: tuple[int, ...], start: int) -> Iterator[Shard]:
+def _cut(name: str, elements: torch.Tensor, shape: tuple[int, ...], start: int, trainable: bool) -> Iterator[Shard]:
     """Yield the shards of a parameter's ``elements``, the first of them element ``start`` of the whole."""
     whole = Box((0,) * len(shape), shape)
     at = 0
     for box in whole.split_flat(start, start + elements.shape[0]):
-        yield Shard(name, elements[at : at + box.numel].view(box.extent), box.offset, shape)
+        yield Shard(name, elements[at : at + box.numel].view(box.extent), box.offset, shape, trainable=trainable)
         at += box.numel

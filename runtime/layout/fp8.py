@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -96,7 +96,8 @@ def paired(shard: Shard, scale: torch.Tensor, *, block: tuple[int, int] = BLOCK)
             tensor=shard.name,
         )
 
-    return [shard, Shard(shard.name + SCALE, scale, grid.offset, scale_shape(shape, block=block))]
+    scales = Shard(shard.name + SCALE, scale, grid.offset, scale_shape(shape, block=block), trainable=shard.trainable)
+    return [shard, scales]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,8 +126,14 @@ class _Blocks:
         weight = Computed(tuple(view.shape), _DTYPE, view.device, lambda box: self._weight(_shifted(box, shard.box)))
         scale = Computed(grid.extent, torch.float32, view.device, lambda box: self._scale(_shifted(box, grid)))
         return [
-            Shard(self.name, weight, shard.offset, shape),
-            Shard(self.name + SCALE, scale, grid.offset, scale_shape(shape, block=self.block)),
+            replace(shard, view=weight),
+            Shard(
+                self.name + SCALE,
+                scale,
+                grid.offset,
+                scale_shape(shape, block=self.block),
+                trainable=shard.trainable,
+            ),
         ]
 
     def _check_whole_blocks(self, shard: Shard, grid: Box) -> None:

@@ -37,6 +37,8 @@ def shards(
     """
     Return the shards of an unsharded module: every parameter whole, in the order of its state dict.
 
+    Buffers, and parameters without ``requires_grad``, are not trainable.
+
     :param model: a Transformers module, or a state dict
     :param config: of the model; left out, a module's own ``config`` is read. Without one, or for an architecture
         unknown here, tensors keep the module's names and shapes, and of those that share memory only the first is given
@@ -45,7 +47,10 @@ def shards(
     :raises ConfigError: for a module's own configuration of a known type that cannot be read
     """
     tensors = _state(model, buffers=buffers)
-    whole = [Shard(name, view, (0,) * view.dim(), tuple(view.shape)) for name, view in tensors.items()]
+    whole = [
+        Shard(name, tensor.detach(), (0,) * tensor.dim(), tuple(tensor.shape), trainable=_is_trainable(tensor, model))
+        for name, tensor in tensors.items()
+    ]
     known = config if config is not None else _own_config(model)
     return list(_without_copies(whole)) if known is None else checkpoint_shards(whole, known)
 
@@ -84,7 +89,7 @@ def _state(model: torch.nn.Module | Mapping[str, torch.Tensor], *, buffers: bool
     else:
         state = model
 
-    tensors = {name: tensor.detach() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     for name, tensor in tensors.items():
         if hasattr(tensor, "device_mesh"):
             raise LayoutError(
@@ -92,6 +97,14 @@ def _state(model: torch.nn.Module | Mapping[str, torch.Tensor], *, buffers: bool
             )
 
     return tensors
+
+
+def _is_trainable(tensor: torch.Tensor, model: object) -> bool:
+    """Tell whether training changes ``tensor``: no buffer of a module; of a state dict whatever does not deny it."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return tensor.requires_grad
+
+    return not isinstance(model, torch.nn.Module)
 
 
 def _own_config(model: object) -> ModelConfig | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from wavecast.runtime.errors import LayoutError
@@ -43,6 +43,8 @@ class Shard:
         :class:`Computed` in its place
     :ivar offset: where the view's first element sits in the logical tensor, one number a dim
     :ivar global_shape: the logical tensor's shape
+    :ivar trainable: at a source, training may change these elements: ``group.sync(only="trainable")`` passes over
+        tensors that are not
     :raises LayoutError: when the view does not fit in the logical tensor
     """
 
@@ -50,6 +52,7 @@ class Shard:
     view: torch.Tensor | Computed
     offset: tuple[int, ...]
     global_shape: tuple[int, ...]
+    trainable: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offset", tuple(self.offset))
@@ -99,21 +102,27 @@ class Layout:
 
     :ivar pieces: in the order the actor gave its shards
     :ivar place: where, if known: the planner prefers near senders
+    :ivar frozen: names of the tensors held of which no shard is trainable, in the order of the pieces
     """
 
     pieces: tuple[Piece, ...]
     place: Place | None = None
+    frozen: tuple[str, ...] = ()
 
 
 def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
-    """Return the layout of ``shards``: names, boxes, shapes and dtypes, without the memory."""
-    return Layout(
-        tuple(
-            Piece(shard.name, shard.box, shard.global_shape, str(shard.view.dtype).removeprefix("torch."))
-            for shard in shards
-        ),
-        place,
-    )
+    """Return the layout of ``shards``: names, boxes, shapes, dtypes and what is frozen, without the memory."""
+    pieces: list[Piece] = []
+    frozen: dict[str, None] = {}
+    trained: set[str] = set()
+    for shard in shards:
+        pieces.append(Piece(shard.name, shard.box, shard.global_shape, str(shard.view.dtype).removeprefix("torch.")))
+        if shard.trainable:
+            trained.add(shard.name)
+        else:
+            frozen[shard.name] = None
+
+    return Layout(tuple(pieces), place, tuple(name for name in frozen if name not in trained))
 
 
 def _check_fit(name: str, offset: tuple[int, ...], extent: tuple[int, ...], shape: tuple[int, ...]) -> None:

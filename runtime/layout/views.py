@@ -113,7 +113,13 @@ def unstacked(shard: Shard, names: Callable[[int], str]) -> list[Shard]:
 
     first, *offset = shard.offset
     return [
-        Shard(names(first + index), _select(shard.view, index), tuple(offset), shard.global_shape[1:])
+        Shard(
+            names(first + index),
+            _select(shard.view, index),
+            tuple(offset),
+            shard.global_shape[1:],
+            trainable=shard.trainable,
+        )
         for index in range(shard.view.shape[0])
     ]
 
@@ -141,7 +147,7 @@ def sections(shard: Shard, parts: Sequence[tuple[str | None, int]], *, dim: int 
         common = shard.box.intersect(whole) if length else None
         if common is not None and name is not None:
             offset = tuple(a - b for a, b in zip(common.offset, whole.offset, strict=True))
-            found.append(Shard(name, _window(shard, common), offset, whole.extent))
+            found.append(Shard(name, _window(shard, common), offset, whole.extent, trainable=shard.trainable))
 
         start += length
 
@@ -166,7 +172,7 @@ def transposed(shard: Shard) -> Shard:
     else:
         flipped = view.t()
 
-    return Shard(shard.name, flipped, shard.offset[::-1], shard.global_shape[::-1])
+    return Shard(shard.name, flipped, shard.offset[::-1], shard.global_shape[::-1], trainable=shard.trainable)
 
 
 def _window(shard: Shard, box: Box) -> torch.Tensor | Computed:

@@ -290,6 +290,7 @@ def _digest(layout: Layout) -> str:
     for piece in layout.pieces:
         summary.update(repr(piece).encode())
 
+    summary.update(repr(layout.frozen).encode())
     return summary.hexdigest()
 
 

@@ -120,4 +120,7 @@ def _common_device(shards: Sequence[Shard]) -> torch.device:
 
 def _signature(shards: Sequence[Shard]) -> tuple[object, ...]:
     """Sum up what the shards are: equal signatures mean that the layout is what it was."""
-    return tuple((shard.name, shard.offset, shard.view.shape, shard.view.dtype, shard.global_shape) for shard in shards)
+    return tuple(
+        (shard.name, shard.offset, shard.view.shape, shard.view.dtype, shard.global_shape, shard.trainable)
+        for shard in shards
+    )

@@ -209,9 +209,11 @@ class Described:
     What the actor holds; its place is left out.
 
     :ivar parts: pickled tuples of pieces, in order: unpickling a large layout at once would hold up the driver's loop
+    :ivar frozen: as :attr:`Layout.frozen`
     """
 
     parts: tuple[bytes, ...]
+    frozen: tuple[str, ...]
 
     @classmethod
     def of(cls, layout: Layout) -> Described:
@@ -221,12 +223,13 @@ class Described:
             tuple(
                 pickle.dumps(pieces[start : start + _PART_PIECES], protocol=pickle.HIGHEST_PROTOCOL)
                 for start in range(0, len(pieces), _PART_PIECES)
-            )
+            ),
+            layout.frozen,
         )
 
     def layout(self) -> Layout:
         """Return what it says."""
-        return Layout(tuple(piece for part in self.parts for piece in pickle.loads(part)))
+        return Layout(tuple(piece for part in self.parts for piece in pickle.loads(part)), frozen=self.frozen)
 
 
 @dataclass(frozen=True, slots=True)

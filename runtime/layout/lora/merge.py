@@ -41,10 +41,13 @@ def merged(base: Iterable[Shard], adapters: Iterable[Adapter], *, allow_unused: 
     if unused and not allow_unused:
         raise LayoutError(f"an adapter is on {unused[0]!r}, of which no base shard was given", tensor=unused[0])
 
-    return [
-        replace(shard, view=_merge(shard, tuple(by_name[shard.name]))) if shard.name in by_name else shard
-        for shard in shards
-    ]
+    return [_with_adapters(shard, tuple(by_name[shard.name])) if shard.name in by_name else shard for shard in shards]
+
+
+def _with_adapters(shard: Shard, adapters: tuple[Adapter, ...]) -> Shard:
+    """Return a base shard as the sum; it is trainable where an adapter is, frozen though the base may be."""
+    trainable = shard.trainable or any(part.trainable for each in adapters for part in (*each.a, *each.b))
+    return replace(shard, view=_merge(shard, adapters), trainable=trainable)
 
 
 def _merge(shard: Shard, adapters: tuple[Adapter, ...]) -> Computed:

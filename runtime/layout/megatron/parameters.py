@@ -148,7 +148,7 @@ class Parameters:
                 )
 
             view = held.view if run.length == extent[dim] else held.view.narrow(dim, at, run.length)
-            self.shards.append(Shard(name, view, (*before, run.start, *after), shape))
+            self.shards.append(Shard(name, view, (*before, run.start, *after), shape, trainable=held.trainable))
             self._note(name, held)
             at += run.length
 
@@ -175,7 +175,7 @@ class Parameters:
             raise LayoutError(f"{held.path} has the shape {held.shape}, {name!r} has {shape}", tensor=name)
 
         view = _plus_one(held.view) if one_less else held.view
-        self.shards.append(Shard(name, view, (0,) * len(shape), shape))
+        self.shards.append(Shard(name, view, (0,) * len(shape), shape, trainable=held.trainable))
         self._note(name, held)
 
     def check_held(self, wanted: Collection[str]) -> None:
