@@ -16,7 +16,16 @@ from wavecast.runtime.layout.shard import Layout, Piece
 from wavecast.runtime.plan.reshard import plan_reshard
 from wavecast.runtime.plan.route import Route
 from wavecast.runtime.plan.tasks import build_tasks
-from wavecast.runtime.transfer.program import ALIGNMENT, Bucket, Cut, Program, Step, compile_programs, fill_buckets
+from wavecast.runtime.transfer.program import (
+    ALIGNMENT,
+    Bucket,
+    Cut,
+    Program,
+    Step,
+    compile_programs,
+    fill_buckets,
+    pack_programs,
+)
 from wavecast.scheduler import Schedule, Task, Wave, plan_waves
 
 Place = tuple[str, tuple[int, ...], tuple[int, ...], int]
@@ -204,3 +213,15 @@ def test_a_program_survives_pickling(protocol: int) -> None:
 def test_a_program_of_ten_thousand_cuts_takes_less_than_a_hundred_bytes_a_cut() -> None:
     program = wide_program(10_000)
     assert len(pickle.dumps(program)) < 100 * 10_000
+    (packed,) = pack_programs([program])
+    assert sum(len(step) for step in packed.steps) < 100 * 10_000
+    assert pickle.loads(pickle.dumps(packed)).unpack() == program
+
+
+def test_a_step_is_pickled_once_for_all_its_members() -> None:
+    programs = compile_programs(
+        Schedule((Wave((task(0, 0, 1, 2),)),)), actors=3, digest="d", bucket_bytes=64, checksum=True
+    )
+    packed = pack_programs(programs)
+    assert packed[0].steps[0] is packed[1].steps[0] is packed[2].steps[0]
+    assert [each.unpack() for each in packed] == list(programs)
