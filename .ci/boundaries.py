@@ -25,6 +25,7 @@ RUNTIME = (
     "model_group",
     "report",
     "stopwatch",
+    "sync_run",
     "group",
     "demo",
     "model",

@@ -1,0 +1,364 @@
+"""One sync, phase by phase: what the driver asks of the actors, and what it makes of their answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import anyio
+import anyio.to_thread
+
+from wavecast.runtime import errors
+from wavecast.runtime.cluster import RayActors
+from wavecast.runtime.connection import Connection
+from wavecast.runtime.layout.shard import Layout
+from wavecast.runtime.options import SyncOptions
+from wavecast.runtime.preparation import Only, Preparation, choose_transport, prepare, select_names
+from wavecast.runtime.report import PhaseSeconds, SyncReport
+from wavecast.runtime.stopwatch import Stopwatch
+from wavecast.runtime.transfer.messages import (
+    Began,
+    Begin,
+    Commit,
+    Compare,
+    Describe,
+    Described,
+    Done,
+    Excerpt,
+    Finish,
+    Finished,
+    Probe,
+    RunId,
+    RunStep,
+    StepDone,
+)
+from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, run
+
+__all__ = ("Progress", "SyncRequest", "Known", "SyncRun")
+
+#: After the deadline: to end what is running on the actors.
+_ABORT_SECONDS = 0.7
+_PRECEDENCE_SECONDS = 0.1
+
+Progress = Callable[[TaskReceipt], object]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncRequest:
+    """
+    What one call of ``sync()`` asked for.
+
+    :ivar deadline: seconds for the whole call
+    """
+
+    version: int
+    deadline: float
+    only: Only
+    validate: bool
+    dry_run: bool
+    progress: Progress | None
+
+
+class Known:
+    """
+    What earlier syncs of the same actors found out and need not find out again.
+
+    :ivar layouts: by digest
+    :ivar prepared: the last preparation, with what it was made for
+    """
+
+    def __init__(self, actors: RayActors, sources: int) -> None:
+        self.actors = actors
+        self.sources = sources
+        self.connection = Connection(actors)
+        self.layouts: dict[str, Layout] = {}
+        self.prepared: tuple[tuple[object, ...], Preparation] | None = None
+
+
+class SyncRun:
+    """
+    One sync under way.
+
+    :param group: the group's unguessable name
+    :ivar scope: ends the sync at its deadline; entered by the caller
+    :ivar touched: destination actors that tasks have been dispatched to
+    """
+
+    def __init__(self, request: SyncRequest, group: str, known: Known, options: SyncOptions) -> None:
+        self.request = request
+        self.watch = Stopwatch()
+        self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.deadline)
+        self.touched: set[int] = set()
+        # By the clock: also a driver that was started anew comes after the one before.
+        self._name = RunId(group, time.time_ns())
+        self._known = known
+        self._options = options
+        self._actors = known.actors
+        self._sources = known.sources
+        self._connection = known.connection
+        self._ends = time.monotonic() + request.deadline
+        self._owing: tuple[int, ...] = ()
+        self._aborted = False
+
+    async def run(self) -> SyncReport:
+        """
+        Go through all phases.
+
+        :raises SyncError: the class that fits
+        """
+        watch, request = self.watch, self.request
+        with watch.measure("describe"):
+            began = await self._begin()
+
+        with watch.measure("plan"):
+            preparation, planned = await self._prepare(began, request.only)
+
+        places = [reply.place for reply in began]
+        transport = choose_transport(self._options.transport, places)
+        with watch.measure("connect"):
+            connected = await self._connection.ensure(
+                preparation, transport, run=self._name, seconds=self._seconds_left
+            )
+
+        outcome = RunReport(0.0, ())
+        finished: dict[int, Finished] = {}
+        if not request.dry_run:
+            with watch.measure("transfer"):
+                outcome = await self._transfer(preparation)
+
+            with watch.measure("verify"):
+                finished = await self._finish(preparation)
+                if request.validate:
+                    await self._validate(preparation)
+
+        with watch.measure("commit"):
+            await self._commit()
+
+        return self._report(
+            preparation,
+            outcome,
+            finished.values(),
+            planned=planned,
+            connected=connected,
+            device=places[-1].device,
+        )
+
+    async def abort(self, reason: str) -> None:
+        """End what is left of the sync on all actors, once, within the grace time."""
+        if self._aborted:
+            return
+
+        self._aborted = True
+        self._owing = self._actors.waiting_for()
+        self._connection.forget()
+        with anyio.move_on_after(_ABORT_SECONDS):
+            await self._actors.abort(self._name, reason)
+
+    def timeout(self, unfinished: tuple[Task, ...] = ()) -> errors.SyncTimeout:
+        """Return the error of a deadline that passed, naming who owed an answer."""
+        tasks = f"; {len(unfinished)} tasks were unfinished" if unfinished else ""
+        return errors.SyncTimeout(
+            f"the deadline of {self.request.deadline} seconds passed{tasks}",
+            phase=self.watch.phase,
+            actors=self._owing or tuple(dict.fromkeys(member for task in unfinished[:1] for member in task.members)),
+            task=unfinished[0].id if unfinished else None,
+        )
+
+    @property
+    def _seconds_left(self) -> float:
+        return max(self._ends - time.monotonic(), 0.001)
+
+    async def _begin(self) -> list[Began]:
+        """Let all actors read their shards, and fetch each layout that is not known yet from one of its holders."""
+        requests = {
+            actor: Begin(self._name, actor, scan=self.request.validate and actor < self._sources)
+            for actor in range(len(self._actors))
+        }
+        replies = await self._actors.ask_all(requests, Began)
+        for actor, reply in replies.items():
+            if reply.nan:
+                name, count = reply.nan[0]
+                raise errors.ValidationError(
+                    f"{len(reply.nan)} source tensors hold NaN; the first is {name!r} with {count} elements",
+                    tensor=name,
+                    actors=(actor,),
+                )
+
+        began = [replies[actor] for actor in range(len(self._actors))]
+        holders = {reply.digest: actor for actor, reply in enumerate(began) if reply.digest not in self._known.layouts}
+        described = await self._actors.ask_all(dict.fromkeys(holders.values(), Describe(self._name)), Described)
+        for digest, actor in holders.items():
+            self._known.layouts[digest] = await anyio.to_thread.run_sync(described[actor].layout)
+
+        current = {reply.digest for reply in began}
+        self._known.layouts = {digest: layout for digest, layout in self._known.layouts.items() if digest in current}
+        return began
+
+    async def _prepare(self, began: list[Began], only: Only) -> tuple[Preparation, bool]:
+        layouts = [replace(self._known.layouts[reply.digest], place=reply.place) for reply in began]
+        sources, destinations = layouts[: self._sources], layouts[self._sources :]
+        names = select_names(sources, destinations, only)
+        key = (tuple((reply.digest, reply.place) for reply in began), names)
+        if self._known.prepared is not None and self._known.prepared[0] == key:
+            return self._known.prepared[1], False
+
+        # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on.
+        preparation = await anyio.to_thread.run_sync(
+            prepare, sources, destinations, self._options, names, abandon_on_cancel=True
+        )
+        self._known.prepared = (key, preparation)
+        return preparation, True
+
+    async def _transfer(self, preparation: Preparation) -> RunReport:
+        async def dispatch(task: Task) -> list[StepDone]:
+            self.touched.update(task.receivers)
+            refs = [
+                self._actors.start(
+                    member,
+                    RunStep(self._name, preparation.step_of[member][task.id], preparation.digest, self._seconds_left),
+                )
+                for member in task.members
+            ]
+            return await self._actors.answers(refs, StepDone)
+
+        async def abort(tasks: tuple[Task, ...]) -> None:
+            await self.abort(f"task {tasks[0].id} was given up" if tasks else "the run was given up")
+
+        # The run has the same deadline and can say more of it: it goes first.
+        self.scope.deadline += _PRECEDENCE_SECONDS
+        options = self._options
+        try:
+            return await run(
+                preparation.schedule,
+                dispatch,
+                lookahead=options.lookahead,
+                deadline=self._seconds_left,
+                abort=abort,
+                in_flight=options.in_flight,
+                abort_seconds=_ABORT_SECONDS + _PRECEDENCE_SECONDS,
+                on_receipt=self.request.progress,
+            )
+        except TaskFailed as failure:
+            raise _from_task(failure) from failure
+        except RunTimeout as timeout:
+            raise self.timeout(timeout.unfinished) from timeout
+
+    async def _finish(self, preparation: Preparation) -> dict[int, Finished]:
+        """Wait until all that was written is in place, and compare the sums of both ends."""
+        requests = {
+            program.actor: Finish(self._name, self._seconds_left) for program in preparation.programs if program.steps
+        }
+        finished = await self._actors.ask_all(requests, Finished)
+        if self._options.checksum:
+            _compare_checksums(finished, preparation)
+
+        return finished
+
+    async def _validate(self, preparation: Preparation) -> None:
+        """Compare, task by task, what receivers hold with what the sender holds, over Ray's object store."""
+        for wave in preparation.schedule.waves:
+            for task in wave.tasks:
+                sender = task.senders[0]
+                excerpt = self._actors.start(sender, Probe(self._name, preparation.step_of[sender][task.id]))
+                refs = [
+                    self._actors.start(
+                        receiver, Compare(self._name, preparation.step_of[receiver][task.id]), attachment=excerpt
+                    )
+                    for receiver in task.receivers
+                ]
+                replies = await self._actors.answers(refs, Done)
+                await self._actors.answer(excerpt, Excerpt)
+                for receiver, reply in zip(task.receivers, replies, strict=True):
+                    if reply.differing:
+                        raise errors.ValidationError(
+                            f"a destination differs from its source in {reply.differing[0]}",
+                            actors=(sender, receiver),
+                            task=task.id,
+                        )
+
+    async def _commit(self) -> None:
+        request = Commit(self._name, None if self.request.dry_run else self.request.version)
+        await self._actors.ask_all(dict.fromkeys(range(len(self._actors)), request), Done)
+
+    def _report(
+        self,
+        preparation: Preparation,
+        outcome: RunReport,
+        finished: Iterable[Finished],
+        *,
+        planned: bool,
+        connected: bool,
+        device: str,
+    ) -> SyncReport:
+        plan, schedule = preparation.plan, preparation.schedule
+        seconds = self.watch.seconds
+        return SyncReport(
+            version=self.request.version,
+            dry_run=self.request.dry_run,
+            nbytes=plan.nbytes,
+            tensors=len({route.tensor for route in plan.routes}),
+            partial=self.request.only is not None,
+            routes=len(plan.routes),
+            tasks=sum(len(wave.tasks) for wave in schedule.waves),
+            waves=len(schedule.waves),
+            bound_waves=schedule.bound.waves,
+            makespan_bytes=schedule.makespan_bytes,
+            bound_bytes=schedule.bound.nbytes,
+            gap=schedule.gap,
+            strategy=schedule.strategy,
+            ports=schedule.ports,
+            transport=self._connection.transport,
+            device="cpu" if device == "cpu" else "cuda",
+            staging_bytes=max((reply.staging_bytes for reply in finished), default=0),
+            communicator_bytes=self._connection.communicator_bytes,
+            connected=connected,
+            planned=planned,
+            seconds=PhaseSeconds(
+                describe=seconds("describe"),
+                plan=seconds("plan"),
+                connect=seconds("connect"),
+                transfer=seconds("transfer"),
+                verify=seconds("verify"),
+                commit=seconds("commit"),
+                total=self.watch.total,
+            ),
+            reshard_seconds=preparation.reshard_seconds,
+            schedule_seconds=preparation.schedule_seconds,
+            run=outcome,
+            digest=preparation.digest,
+        )
+
+
+def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
+    """
+    Compare what each receiver found in its memory with what the sender sent.
+
+    :raises ChecksumMismatch: naming task, tensor and actors
+    """
+    step_of = preparation.step_of
+    for wave in preparation.schedule.waves:
+        for task in wave.tasks:
+            sender = task.senders[0]
+            sent = finished[sender].checksums[step_of[sender][task.id]]
+            for receiver in task.receivers:
+                index = step_of[receiver][task.id]
+                found = finished[receiver].checksums[index]
+                if found != sent:
+                    cuts = preparation.programs[receiver].steps[index].cuts
+                    raise errors.ChecksumMismatch(
+                        f"what was sent sums up to {sent:#x}, what was written to {found:#x}: "
+                        f"{len(cuts)} cuts from {cuts[0].tensor!r} on",
+                        tensor=cuts[0].tensor,
+                        actors=(sender, receiver),
+                        task=task.id,
+                    )
+
+
+def _from_task(failure: TaskFailed) -> errors.SyncError:
+    cause = failure.__cause__
+    if isinstance(cause, errors.SyncError):
+        cause.task = failure.task.id
+        return cause
+
+    return errors.ActorFailed(f"dispatching failed: {cause!r}", task=failure.task.id, actors=failure.task.members)
