@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -24,12 +25,14 @@ class PoolActor(DemoActor):
     def __init__(self) -> None:
         super().__init__(Layout(()), weights(), "cpu")
         self.failure = ""
+        self.frozen: tuple[str, ...] = ()
         self.hook_calls = 0
         self.extra: list[Shard] = []
 
     def hold(self, layout: Layout, new_weights: Weights) -> None:
         DemoActor.__init__(self, layout, new_weights, "cpu")
         self.failure = ""
+        self.frozen = ()
         self.hook_calls = 0
         self.extra = []
         self.spoil()
@@ -45,7 +48,8 @@ class PoolActor(DemoActor):
         if self.failure:
             raise ValueError(self.failure)
 
-        return [*super().transfer_shards(), *self.extra]
+        held = [replace(shard, trainable=shard.name not in self.frozen) for shard in super().transfer_shards()]
+        return [*held, *self.extra]
 
     def fail_with(self, message: str) -> None:
         self.failure = message
@@ -58,6 +62,10 @@ class PoolActor(DemoActor):
         for piece, view in self._held:
             if piece.tensor == name:
                 view.view(-1)[0] = value
+
+    def freeze(self, *names: str) -> None:
+        """Train on without the tensors ``names``."""
+        self.frozen = names
 
     def move_storage(self) -> None:
         """Put every tensor somewhere else in memory, as an offload and reload does."""

@@ -139,6 +139,29 @@ async def test_only_the_tensors_picked_are_written(make_sides: MakeSides) -> Non
         assert sides.differing(0) == {}
 
 
+async def test_only_what_is_trainable_is_sent_and_freezing_more_is_noticed(make_sides: MakeSides) -> None:
+    sides = make_sides("tp=2", "tp=3")
+    frozen = ["model.embed_tokens.weight", "model.norm.weight"]
+    async with ParameterSyncGroup(*sides.groups()) as group:
+        sides.fill(0)
+        everything = await group.sync(only="trainable")
+        assert sides.differing(0) == {}
+        sides.fill(1)
+        for count in (1, 2):
+            # One of two trainers is enough: no tensor may be half frozen and sent.
+            ray.get(sides.sources[0].freeze.remote(*frozen[:count]))  # type: ignore[attr-defined]
+            report = await group.sync(only="trainable")
+            assert report.partial
+            assert report.planned
+            assert report.tensors == everything.tensors - count
+
+        # The norm went along the first time, when it was not frozen yet.
+        assert sides.differing(1).keys() == {"model.embed_tokens.weight"}
+        assert sides.differing(0).keys() - sides.differing(1).keys()
+        await group.sync()
+        assert sides.differing(1) == {}
+
+
 async def test_a_dry_run_sets_everything_up_and_moves_nothing(make_sides: MakeSides) -> None:
     sides = make_sides("tp=2", "tp=1")
     async with ParameterSyncGroup(*sides.groups()) as group:

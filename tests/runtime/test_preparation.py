@@ -141,6 +141,26 @@ def test_a_predicate_is_asked_once_a_name_in_the_order_held() -> None:
     assert asked == ["z", "a"]
 
 
+def test_trainable_are_the_names_that_some_source_holds_and_none_has_frozen() -> None:
+    """ "b" is frozen on one of its holders, "c" on all, "d" no source holds, "e" no destination."""
+    sources = [
+        Layout(tuple(rows(name, 12, 2, part) for name in ("a", "b", "c", "e")), frozen=frozen)
+        for part, frozen in enumerate([("c",), ("b", "c")])
+    ]
+    destinations = side(1, "a", "b", "c", "d")
+    assert select_names(sources, destinations, "trainable") == frozenset({"a"})
+    ready = made(sources, destinations, names=select_names(sources, destinations, "trainable"))
+    assert {route.tensor for route in ready.plan.routes} == {"a"}
+
+
+def test_everything_is_trainable_where_nobody_says_otherwise_and_all_frozen_picks_nothing() -> None:
+    sources, destinations = side(2, "a", "b"), side(3, "a", "b")
+    assert select_names(sources, destinations, "trainable") == frozenset({"a", "b"})
+    frozen = [Layout(layout.pieces, frozen=("a", "b")) for layout in sources]
+    with pytest.raises(LayoutError, match="picks no tensor"):
+        select_names(frozen, destinations, "trainable")
+
+
 CPU = Place("n0", "cpu")
 GPUS = [Place("n0", "GPU-0"), Place("n0", "GPU-1"), Place("n1", "GPU-0")]
 

@@ -288,3 +288,15 @@ def test_a_flat_parameter_is_refused_by_name():
 def test_empty_and_scalar_tensors():
     assert dtensor.tensor_shards("e", torch.empty(0, 3)) == []
     assert describe(dtensor.tensor_shards("s", torch.tensor(1.0))).pieces[0].box == Box((), ())
+
+
+def test_parameters_are_trainable_by_their_gradients_and_buffers_never():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model[0].weight.requires_grad_(False)
+    found = {shard.name: shard.trainable for shard in dtensor.shards(model, buffers=True)}
+    trained = {name for name, trainable in found.items() if trainable}
+    assert trained == dtensor.trainable_names(model) == {"0.bias", "1.weight", "1.bias"}
+    assert found.keys() - trained == {"0.weight", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    # A tensor by itself may come from anywhere: it is taken for one in training.
+    assert dtensor.tensor_shards("w", torch.zeros(2))[0].trainable
+    assert not dtensor.tensor_shards("w", torch.nn.Parameter(torch.zeros(2), requires_grad=False))[0].trainable

@@ -207,3 +207,26 @@ def test_a_flat_parameter_of_fsdp1_is_read_through_its_handle():
 def test_what_fsdp1_flattened_out_of_order_is_refused(how, message):
     with pytest.raises(LayoutError, match=message):
         flat.fsdp1_shards(fsdp1_module(0, how))
+
+
+def test_ranges_of_frozen_parameters_are_not_trainable():
+    found = flat.flat_shards(torch.zeros(5), [("a", (2, 2)), ("b", (3,))], start=1, frozen=("a",))
+    assert [(shard.name, shard.trainable) for shard in found] == [("a", False), ("a", False), ("b", True)]
+
+
+def test_zero3_and_fsdp1_tell_what_is_trained_by_their_parameters():
+    module = Zero3Module(laid_out([(5, 3), (2,)]), 0, 2)
+    assert {shard.name for shard in flat.zero3_shards(module) if shard.trainable} == set()
+    module = fsdp1_module(0, Flattened())
+    assert {shard.name: shard.trainable for shard in flat.fsdp1_shards(module)} == {
+        "up.weight": False,
+        "ignored": True,
+    }
+    originals = (torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1), requires_grad=False))
+    module = fsdp1_module(1, Flattened())
+    module._handle.flat_param._params = originals
+    assert {shard.name: shard.trainable for shard in flat.fsdp1_shards(module)} == {
+        "up.weight": True,
+        "up.bias": False,
+        "ignored": True,
+    }

@@ -168,3 +168,19 @@ def test_a_distributed_tensor_is_sent_to_its_own_adapter():
     state = {"model.norm.weight": torch.zeros(6).as_subclass(Spread)}
     with pytest.raises(LayoutError, match=r"model\.norm\.weight is distributed over a device mesh"):
         hf_live.shards(state, ModelConfig.from_dict(QWEN3_MOE))
+
+
+def test_parameters_are_trainable_by_their_gradients_and_buffers_never():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    model[0].weight.requires_grad_(False)
+    trained = {shard.name for shard in hf_live.shards(model) if shard.trainable}
+    assert trained == {"0.bias", "1.weight", "1.bias"}
+    # A state dict has plain tensors of whatever is trained; only parameters can deny it.
+    assert all(shard.trainable for shard in hf_live.shards(model.state_dict()))
+    assert {shard.name for shard in hf_live.shards(dict(model.named_parameters())) if shard.trainable} == trained
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_stacked_experts_are_as_trainable_as_the_stack(trainable):
+    state = {name: torch.nn.Parameter(tensor, trainable) for name, tensor in stacked(QWEN3_MOE).items()}
+    assert {shard.trainable for shard in hf_live.shards(state, ModelConfig.from_dict(QWEN3_MOE))} == {trainable}

@@ -325,3 +325,15 @@ def test_an_adapter_of_a_transposed_base_is_kept_as_it_is():
     made = adapter(NAME, integers(2, 2, 4), integers(3, 6, 2), scale=1.0, transposed=True)
     assert isinstance(made, Adapter)
     assert [shard.box for shard in (*made.a, *made.b)] == [Box((0, 0), (2, 4)), Box((0, 0), (6, 2))]
+
+
+def test_a_frozen_base_with_an_adapter_in_training_is_trainable():
+    base = [
+        Shard(name, integers(seed, 6, 4), (0, 0), (6, 4), trainable=False) for seed, name in enumerate([NAME, "other"])
+    ]
+    a, b = integers(2, 2, 4), integers(3, 6, 2)
+    found = merged(base, [adapter(NAME, a, b, scale=1.0)])
+    assert [shard.trainable for shard in found] == [True, False]
+    assert describe(found).frozen == ("other",)
+    still = [torch.nn.Parameter(factor, requires_grad=False) for factor in (a, b)]
+    assert describe(merged(base, [adapter(NAME, *still, scale=1.0)])).frozen == (NAME, "other")

@@ -189,6 +189,8 @@ def test_names_are_trainable_where_any_of_their_parameters_is():
         "model.layers.2.mlp.gate_proj.weight",
         "model.layers.2.mlp.up_proj.weight",
     }
+    held = {shard.name for shard in shards(model, config)}
+    assert held - set(describe(shards(model, config)).frozen) == trainable_names(model, config)
 
 
 def refuse(model, mapping, text, **options):

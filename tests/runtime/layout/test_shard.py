@@ -32,3 +32,13 @@ def test_a_view_that_does_not_fit_is_refused_by_name(offset, global_shape):
         Shard(name="w", view=torch.zeros(4, 5), offset=offset, global_shape=global_shape)
 
     assert caught.value.tensor == "w"
+
+
+def test_a_tensor_is_frozen_where_none_of_its_shards_is_trainable():
+    held = [("a", False), ("b", True), ("c", False), ("a", False), ("b", False), ("c", True)]
+    layout = describe(
+        Shard(name, torch.zeros(1), (index,), (6,), trainable=trainable) for index, (name, trainable) in enumerate(held)
+    )
+    assert layout.frozen == ("a",)
+    assert [piece.tensor for piece in layout.pieces] == [name for name, _ in held]
+    assert describe([]).frozen == ()

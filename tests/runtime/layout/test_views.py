@@ -115,3 +115,12 @@ def test_a_box_is_put_together_from_the_shards_that_hold_it():
 
     with pytest.raises(LayoutError, match=r"lacks 'w' at offset \(0, 0\) with extent \(1, 1\)"):
         views.assembled("w", [], Box((0, 0), (1, 1)))
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_is_trainable_stays_so_in_every_view(trainable):
+    stack = Shard("w", torch.zeros(2, 4, 3), (0, 0, 0), (2, 4, 3), trainable=trainable)
+    units = views.unstacked(stack, lambda index: f"w{index}")
+    parts = views.sections(units[0], [("gate", 2), ("up", 2)])
+    made = [*units, *parts, views.transposed(parts[0]), *views.renamed(parts, {"up": ("up", "copy")})]
+    assert [shard.trainable for shard in made] == [trainable] * 8

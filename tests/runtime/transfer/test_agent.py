@@ -300,8 +300,8 @@ async def test_a_transport_that_cannot_be_woken_is_left_behind_and_never_writes(
     await asyncio.to_thread(entered.wait, SECONDS)
     before = time.monotonic()
     await crew.abort()
-    # Half a second for one stuck actor, the others' aborts included.
-    assert time.monotonic() - before < 2.0
+    # A third of a second for one stuck actor; the rest is what a busy machine may add.
+    assert time.monotonic() - before < 5.0
     assert world.untouched()
 
     # The next run is served by another thread while the old one is still stuck.
@@ -596,16 +596,17 @@ async def test_a_commit_is_taken_once() -> None:
 
 
 async def test_close_lets_go_of_staging_connection_and_thread() -> None:
-    threads = transfer_threads()
+    before = transfer_threads()
     world, wires = World(), Wires()
     crew = world.crew(wires)
     await crew.sync(1, connect=True)
-    assert transfer_threads() == threads + 5
+    threads = transfer_threads() - before
+    assert len(threads) == 5
     # The only way to see that memory is given back is to see that nothing holds it.
     staging = [weakref.ref(session._staging) for agent in crew.agents for session in agent._sessions.values()]
     assert all(ref() is not None for ref in staging)
     expect(Done, await crew.ask_all(lambda actor: Close(crew.group)))
-    await until(lambda: transfer_threads() == threads)
+    await until(lambda: not any(thread.is_alive() for thread in threads))
     gc.collect()
     assert [ref() for ref in staging] == [None] * 5
     (fabric,) = wires.fabrics.values()
@@ -636,11 +637,11 @@ async def test_runs_leave_no_thread_behind() -> None:
     world = World()
     crew = world.crew(Wires())
     await crew.sync(0, connect=True)
-    before = threading.active_count()
+    before = transfer_threads()
     for version in range(1, 6):
         await crew.sync(version, connect=False)
 
-    assert threading.active_count() == before
+    assert transfer_threads() <= before
 
 
 async def test_staging_is_no_larger_than_what_travels() -> None:
@@ -669,6 +670,11 @@ async def test_a_layout_is_told_with_a_digest_that_follows_it() -> None:
     # The same place of another tensor's memory is the same layout; a shard less is another.
     world.shards[0][0] = Shard("w", world.sources[0].clone(), (0, 0), (6, 40))
     assert (await crew.begin())[0].digest == first[0].digest
+    # What is frozen is part of the layout as well.
+    world.shards[0][0] = Shard("w", world.sources[0], (0, 0), (6, 40), trainable=False)
+    assert (await crew.begin())[0].digest != first[0].digest
+    (described,) = expect(Described, [await crew.ask(0, Describe(crew.run))])
+    assert described.layout().frozen == ("w",)
     world.shards[0].pop()
     assert (await crew.begin())[0].digest != first[0].digest
     assert first[0].digest != first[1].digest
@@ -769,8 +775,8 @@ async def test_an_actor_that_is_in_no_run_says_so() -> None:
 # Small things.
 
 
-def transfer_threads() -> int:
-    return sum(thread.name == "wavecast-transfer" for thread in threading.enumerate())
+def transfer_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "wavecast-transfer"}
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -116,8 +116,9 @@ def test_signatures_tell_layouts_apart_and_not_where_they_are_in_memory() -> Non
         signature(view=torch.zeros(2, 3, dtype=torch.bfloat16)),
         signature(offset=(0, 1)),
         signature(global_shape=(8, 9)),
+        signature(trainable=False),
     ]
-    assert len({signature(), *changed}) == 6
+    assert len({signature(), *changed}) == 7
     assert signature(view=computed(torch.zeros(2, 3))) == signature()
 
 
