@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
@@ -133,6 +135,8 @@ def sync(
     checksum: bool,
 ) -> None:
     """Start actors, bring replicas to the trainers' weights a few times, and compare every element."""
+    # torch says so when numpy is not there; nothing here needs it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     from wavecast.runtime.options import SyncOptions
     from wavecast.runtime.sync_job import SyncJob, run, sync_as_json, sync_as_table
 
@@ -160,7 +164,10 @@ def sync(
         address=address,
         options=options,
     )
-    outcome = run(job)
+    # Ray prints warnings to stdout; that is for the result alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        outcome = run(job)
+
     if as_json:
         click.echo(json.dumps(sync_as_json(outcome)))
     else:
@@ -179,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = cli.main(args=args or ["--help"], prog_name="wavecast", standalone_mode=False)
     except (WavecastError, SchedulerError) as error:
         click.echo(f"wavecast: {error}".replace("\n", " "), err=True)
+        sys.exit(_REFUSED)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
         sys.exit(_REFUSED)
     except click.ClickException as error:
         click.echo(f"wavecast: {error.format_message()}".replace("\n", " "), err=True)

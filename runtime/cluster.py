@@ -233,7 +233,7 @@ def cluster(address: str | None) -> Iterator[None]:
             address=address or "local",
             include_dashboard=False if address is None else None,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise errors.ConfigError(f"no Ray cluster at {address!r}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from types import TracebackType
 from typing import Self
@@ -40,6 +41,7 @@ class ParameterSyncGroup:
         self._name = secrets.token_hex(16)
         self._run: SyncRun | None = None
         self._closed = False
+        self._changing = False
         self._latest: int | None = None
         self._set_members(source, destination)
         self._versions: dict[int, ReplicaVersion] = dict.fromkeys(range(len(destination.replicas)))
@@ -77,8 +79,9 @@ class ParameterSyncGroup:
 
         :param version: what the replicas will report; one more than the last when ``None``. Never less than the last
         :param deadline: seconds for the whole call; the options' when ``None``
-        :param only: names of the tensors to sync, or a predicate over names, or ``"trainable"``: what some source
-            holds and none has frozen (see :attr:`Shard.trainable`; buffers are not trained)
+        :param only: names of the tensors to sync, a predicate over names, or ``"trainable"``: what some source holds
+            and none has frozen (see :attr:`Shard.trainable`; buffers are not trained). The caller says by it that the
+            rest has not changed: a whole replica takes on the version, one that was torn or new does not
         :param validate: look for NaN at the sources first, and compare every byte of every destination afterwards
         :param dry_run: plan, connect and send programs, but move nothing and commit nothing
         :param progress: called with a receipt as each task finishes
@@ -88,9 +91,13 @@ class ParameterSyncGroup:
         """
         require_event_loop()
         self._require_idle()
+        seconds = self._options.deadline_seconds if deadline is None else deadline
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise errors.ConfigError(f"deadline is {seconds!r}, it must be positive and finite")
+
         request = SyncRequest(
             self._next_version(version),
-            self._options.deadline_seconds if deadline is None else deadline,
+            seconds,
             only,
             validate,
             dry_run,
@@ -109,6 +116,9 @@ class ParameterSyncGroup:
             self._mark_torn(sync)
             with anyio.CancelScope(shield=True):
                 await sync.abort(f"{type(error).__name__}: {error}")
+
+            if self._closed and isinstance(error, errors.SyncAborted):
+                raise errors.GroupClosed("the group was closed during the sync", version=request.version) from error
 
             if isinstance(error, errors.SyncError):
                 error.phase = error.phase or sync.watch.phase
@@ -143,11 +153,9 @@ class ParameterSyncGroup:
         if not found:
             raise errors.ConfigError(f"actor {dead!r} is not in this group")
 
-        for index, replica in enumerate(self._destination.replicas):
-            if dead in replica:
-                self._versions[index] = None
-
+        concerned = [index for index, replica in enumerate(self._destination.replicas) if dead in replica]
         await self._change_members(*groups)
+        self._versions.update(dict.fromkeys(concerned))
 
     async def add_replica(self, actors: list[ActorHandle]) -> int:
         """Add a replica and return its index; it gets its weights at the next sync."""
@@ -176,6 +184,7 @@ class ParameterSyncGroup:
         if self._closed:
             return
 
+        require_event_loop()
         self._closed = True
         await self._release(self._known.actors)
 
@@ -217,7 +226,11 @@ class ParameterSyncGroup:
     async def _change_members(self, source: ModelGroup, destination: ModelGroup) -> None:
         before = self._known.actors
         self._set_members(source, destination)
-        await self._release(before)
+        self._changing = True
+        try:
+            await self._release(before)
+        finally:
+            self._changing = False
 
     async def _release(self, actors: RayActors) -> None:
         """Close every actor's end; those that are dead or stuck are left to their own end."""
@@ -236,6 +249,9 @@ class ParameterSyncGroup:
     def _require_idle(self) -> None:
         if self._closed:
             raise errors.GroupClosed("the group is closed")
+
+        if self._changing:
+            raise errors.SyncInProgress("the group's members are being changed")
 
         if self._run is not None:
             raise errors.SyncInProgress(

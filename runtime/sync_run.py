@@ -361,4 +361,4 @@ def _from_task(failure: TaskFailed) -> errors.SyncError:
         cause.task = failure.task.id
         return cause
 
-    return errors.ActorFailed(f"dispatching failed: {cause!r}", task=failure.task.id, actors=failure.task.members)
+    return errors.SyncError(f"the driver's own code failed beside task {failure.task.id}: {cause!r}")

@@ -191,7 +191,7 @@ class Agent:
             self._latest = request.run.serial
             for session in self._sessions.values():
                 if session.run is not None and session.run.name != request.run:
-                    session.give_up(session.run.name, "another run began on this actor")
+                    session.give_up(session.run.name, "another sync, of this group or of another, began on this actor")
 
             if memory.signature != self._signature:
                 self._signature = memory.signature
@@ -281,7 +281,8 @@ def _failure(error: Exception) -> Failure:
         kind = "SyncAborted"
 
     named = isinstance(error, errors.WavecastError | CommunicatorError)
-    message = str(error) if named else f"{type(error).__name__}: {error}"
+    # The first argument is the message itself; the driver adds who and where.
+    message = str(error.args[0]) if named and error.args else f"{type(error).__name__}: {error}"
     return Failure(kind, message, "".join(traceback.format_exception(error)), getattr(error, "tensor", ""))
 
 

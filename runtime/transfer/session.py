@@ -75,6 +75,7 @@ class Session:
         self._staging: Staging | None = None
         self._stores: dict[str, torch.distributed.Store] = {}
         self._epoch = 0
+        self._ended: tuple[RunId | None, str] = (None, "")
 
     def current(self, name: RunId) -> Run:
         """
@@ -84,7 +85,8 @@ class Session:
         """
         run = self.run
         if run is None or run.name != name:
-            raise errors.SyncAborted("the run is no longer current on this actor")
+            ended, reason = self._ended
+            raise errors.SyncAborted(reason if ended == name else "the run is no longer current on this actor")
 
         run.check()
         return run
