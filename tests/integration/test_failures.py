@@ -309,6 +309,60 @@ async def test_cancelling_the_trainer_leaves_the_group_usable(make_sides: MakeSi
     assert sides.differing(2) == {}
 
 
+@pytest.mark.parametrize("deadline", [0, -1.0, float("inf"), float("nan")])
+async def test_a_deadline_that_cannot_be_is_refused_at_once(make_sides: MakeSides, deadline: float) -> None:
+    sides = make_sides("tp=1", "tp=1")
+    async with ParameterSyncGroup(*sides.groups()) as group:
+        with pytest.raises(ConfigError, match="must be positive and finite"):
+            await group.sync(deadline=deadline)
+
+
+async def test_a_replacement_that_is_refused_changes_nothing(make_sides: MakeSides) -> None:
+    sides = make_sides("tp=1", "tp=1")
+    sides.fill(0)
+    async with ParameterSyncGroup(*sides.groups()) as group:
+        await group.sync(4)
+        with pytest.raises(NotATransferWorker):
+            await group.replace(sides.destinations[0], object())
+
+        assert group.versions() == {0: 4}
+        await group.sync(5)
+
+    assert sides.differing(0) == {}
+
+
+async def test_closing_the_group_ends_its_sync(make_sides: MakeSides) -> None:
+    sides = make_sides("tp=2", "tp=1")
+    sides.fill(0)
+    group = ParameterSyncGroup(*sides.groups(), MANY_TASKS)
+    closing: list[object] = []
+
+    async with anyio.create_task_group() as tasks:
+
+        def close(receipt: object) -> None:
+            if not closing:
+                closing.append(receipt)
+                tasks.start_soon(group.aclose)
+
+        with pytest.raises(GroupClosed, match="closed during the sync"):
+            await group.sync(0, progress=close)
+
+    assert group.versions() == {0: Torn(None, 0)}
+
+
+async def test_a_part_of_the_tensors_makes_no_torn_replica_whole(make_sides: MakeSides) -> None:
+    sides = make_sides("tp=1", "tp=1")
+    sides.fill(0)
+    async with ParameterSyncGroup(*sides.groups(), MANY_TASKS) as group:
+        with anyio.CancelScope() as scope:
+            await group.sync(1, progress=lambda receipt: scope.cancel())
+
+        await group.sync(2, only={"model.norm.weight"})
+        assert group.versions() == {0: Torn(None, 1)}
+        await group.sync(3)
+        assert group.versions() == {0: 3}
+
+
 async def test_a_failure_in_the_progress_callback_is_the_callers_own(make_sides: MakeSides) -> None:
     sides = make_sides("tp=1", "tp=1")
     sides.fill(0)
