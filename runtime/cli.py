@@ -187,9 +187,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (WavecastError, SchedulerError) as error:
         click.echo(f"wavecast: {error}".replace("\n", " "), err=True)
         sys.exit(_REFUSED)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(_REFUSED)
     except click.ClickException as error:
         click.echo(f"wavecast: {error.format_message()}".replace("\n", " "), err=True)
         sys.exit(_REFUSED)
