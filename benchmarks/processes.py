@@ -20,6 +20,9 @@ __all__ = ("Member", "Outcome", "run_processes")
 
 Row = dict[str, object]
 
+#: For processes that are done to end by themselves.
+_END_SECONDS = 5.0
+
 
 class Member:
     """
@@ -113,10 +116,14 @@ def run_processes(entry: Callable[..., None], *args: object, world: int, device:
             processes.append(process)
             ends.append(mine)
 
+        outcome = Outcome((), "interrupted")
         try:
-            return _collect(ends, time.monotonic() + seconds, seconds)
+            outcome = _collect(ends, time.monotonic() + seconds, seconds)
         finally:
-            _end(processes)
+            # After a failure the others wait for one that will not come.
+            _end(processes, grace=_END_SECONDS if outcome.error is None else 0.0)
+
+        return outcome
 
 
 def _collect(ends: Sequence[Connection], until: float, seconds: float) -> Outcome:
@@ -147,9 +154,9 @@ def _collect(ends: Sequence[Connection], until: float, seconds: float) -> Outcom
     return Outcome(tuple(rows), None)
 
 
-def _end(processes: Sequence[SpawnProcess]) -> None:
+def _end(processes: Sequence[SpawnProcess], *, grace: float) -> None:
     for process in processes:
-        process.join(timeout=2.0)
+        process.join(timeout=grace)
         if process.is_alive():
             process.kill()
 
