@@ -19,6 +19,7 @@ RUNTIME = (
     "plan",
     "options",
     "transfer",
+    "carriers",
     "preparation",
     "cluster",
     "connection",

@@ -11,6 +11,7 @@ Results are written after each case: one that fails or hangs costs the others no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = torch.cuda.device_count()
     try:
         cases = _cases(args, gpus)
-        with cluster(None):
+        runs = any(case.reason_to_skip(gpus) is None for case in cases)
+        with cluster(None) if runs else contextlib.nullcontext():
             report = anyio.run(_run, args, cases, gpus, backend="asyncio")
     except WavecastError as error:
         print(f"bench_sync: {error}", file=sys.stderr)
@@ -63,6 +65,7 @@ async def _run(args: argparse.Namespace, cases: Sequence[Case], gpus: int) -> di
         "baselines": [],
     }
     keep = _keeper(report, args.json)
+    beside: set[tuple[object, ...]] = set()
     for case in cases:
         reason = case.reason_to_skip(gpus)
         if reason is not None:
@@ -72,7 +75,10 @@ async def _run(args: argparse.Namespace, cases: Sequence[Case], gpus: int) -> di
 
         _listed(report, "cases").append(row)
         keep(one_line(row))
-        if args.baselines and reason is None:
+        # Cases that differ in the group's options alone have the same bytes to move: once is enough.
+        moved = (case.preset, case.layers, case.dtype, case.src, case.dst, case.trainers, case.engines)
+        if args.baselines and reason is None and moved not in beside:
+            beside.add(moved)
             for found in run_baselines(case, args.baseline or tuple(BASELINES), seconds=args.baseline_seconds):
                 _listed(report, "baselines").append({**found, **_beside(found, row)})
                 keep(one_line(found))

@@ -240,9 +240,12 @@ def report(total: float, **changes: object) -> SyncReport:
         strategy="auto",
         ports="half",
         transport="nccl",
+        pulled_nbytes=0,
+        transport_reasons=("asked for",),
         device="cuda",
         staging_bytes=64,
         communicator_bytes=128,
+        host_seconds=0.004,
         connected=False,
         planned=False,
         seconds=seconds,
@@ -304,12 +307,13 @@ def test_without_a_ceiling_there_is_no_share_and_no_verdict(bench):
     assert (figures["share_of_ceiling"], figures["meets_bar"]) == (None, None)
 
 
-def test_host_seconds_count_where_reports_have_them(bench):
-    class Told:
-        host_seconds = (0.004, 0.02)
-
-    assert bench.sync_measure._host_seconds([Told(), Told()]) == 0.02
-    assert bench.sync_measure._host_seconds([report(1.0)]) is None
+def test_a_bar_on_the_host_thread_counts_too(bench):
+    row = row_of(bench, "across-30b-moe", [1.0, 0.16])
+    assert (row["host_seconds"], row["meets_bar"]) == (0.004, True)
+    found, busy = case(bench, "across-30b-moe"), seen(bench, [1.0, 0.16])
+    slow = replace(busy, reports=tuple(replace(each, host_seconds=0.011) for each in busy.reports))
+    figures = bench.sync_measure.figures(found, traffic(bench, found.name), slow, ceilings(380.0))
+    assert (figures["host_seconds"], figures["meets_bar"]) == (0.011, False)
 
 
 # The table, the chart and the command.
