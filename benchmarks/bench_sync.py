@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     gpus = torch.cuda.device_count()
     try:
-        cases = _cases(args, gpus)
+        cases = [case.with_options(dict(args.set)) for case in _cases(args, gpus)]
         runs = any(case.reason_to_skip(gpus) is None for case in cases)
         with cluster(None) if runs else contextlib.nullcontext():
             report = anyio.run(_run, args, cases, gpus, backend="asyncio")
@@ -151,6 +151,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=SUITES, help="all cases for so many GPUs, or the small ones on CPUs")
     parser.add_argument("--case", action="append", default=[], metavar="NAME", help="only these; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
+    parser.add_argument(
+        "--set", action="append", type=_option, default=[], metavar="NAME=VALUE", help="an option of the group, in JSON"
+    )
     parser.add_argument("--repeat", type=_positive, default=10, help="warm syncs; one more comes before them")
     parser.add_argument("--baselines", action="store_true", help="run other ways over the same bytes beside each case")
     parser.add_argument("--baseline", action="append", choices=tuple(BASELINES), help="only these; may be repeated")
@@ -172,6 +175,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--in-flight", type=int, default=2)
     own.add_argument("--no-checksum", action="store_true")
     return parser.parse_args(argv)
+
+
+def _option(text: str) -> tuple[str, object]:
+    """Read ``in_flight=3`` or ``transport=nccl``: what is no JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _positive(text: str) -> int:

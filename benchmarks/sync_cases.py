@@ -9,8 +9,8 @@ out) or ``"vllm=2"`` (an engine's fused parameters under tensor parallelism).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 
 from wavecast.runtime.demo_memory import DemoMemory, EngineMemory, FlatMemory, SeparateMemory
 from wavecast.runtime.errors import ConfigError
@@ -23,6 +23,7 @@ from wavecast.runtime.layout.shard import Layout, Piece
 from wavecast.runtime.layout.vllm import EngineRank
 from wavecast.runtime.model import resolve_model
 from wavecast.runtime.options import SyncOptions
+from wavecast.scheduler import STRATEGIES
 
 __all__ = ("CASES", "SUITES", "Bar", "Case", "ad_hoc", "engine_memories", "find_cases", "memories", "trainer_memories")
 
@@ -50,7 +51,7 @@ class Case:
     """
     One benchmark of whole syncs.
 
-    :ivar suite: ``"two"`` and ``"four"`` name the GPUs needed, ``"cpu"`` runs anywhere
+    :ivar suite: ``"two"`` and ``"four"`` name the GPUs needed (``"schedules"`` needs four), ``"cpu"`` runs anywhere
     :ivar layers: decoder layers, ``None`` for all of the preset's
     :ivar trainers: the GPU of each trainer
     :ivar engines: for each replica, the GPU of each engine rank
@@ -101,6 +102,12 @@ class Case:
 
         return f"needs {needed} GPUs, {gpus} are here"
 
+    def with_options(self, options: Mapping[str, object]) -> Case:
+        """Return the case with other options of the group, by name."""
+        own = {name: options[name] for name in ("transport", "budget_bytes") if name in options}
+        others = {**dict(self.options), **{name: value for name, value in options.items() if name not in own}}
+        return replace(self, options=tuple(others.items()), **own)  # type: ignore[arg-type]
+
     def config(self) -> ModelConfig:
         """Return the model's configuration."""
         return resolve_model(preset_name=self.preset, checkpoint=None, layers=self.layers)
@@ -109,8 +116,13 @@ class Case:
         """
         Return the group's options.
 
-        :raises ConfigError: for a transport or a value that this version does not know
+        :raises ConfigError: for a name or a value that this version does not know
         """
+        known = {field.name for field in fields(SyncOptions)}
+        for name, value in self.options:
+            if name not in known:
+                raise ConfigError(f"the group has no option {name!r}, given as {value!r}")
+
         return SyncOptions(transport=self.transport, budget_bytes=self.budget_bytes, **dict(self.options))  # type: ignore[arg-type]
 
 
@@ -428,9 +440,29 @@ _TWINS = tuple(
     if case.transport == "auto" and case.preset != _SMALL
 )
 
+#: How much the schedule matters: one case, driven in other ways.
+_SCHEDULES = tuple(
+    replace(
+        case,
+        name=f"schedule-{name}",
+        suite="schedules",
+        title=f"7B dense, FSDP2 over 2 to TP2, {title}",
+        bar=None,
+        options=options,
+    )
+    for case in _FOUR
+    if case.name == "fsdp2-to-tp2"
+    for name, title, options in (
+        ("barriers", "a barrier after each wave", (("lookahead", 0),)),
+        ("lookahead-1", "one wave ahead", (("lookahead", 1),)),
+        ("full-duplex", "full duplex ports", (("ports", "full"),)),
+        *((strategy.replace("_", "-"), f"strategy {strategy}", (("strategy", strategy),)) for strategy in STRATEGIES),
+    )
+)
+
 #: All of them, those for two GPUs first.
-CASES: tuple[Case, ...] = (*_TWO, *_FOUR, *_TWINS)
-SUITES = ("two", "four", "cpu")
+CASES: tuple[Case, ...] = (*_TWO, *_FOUR, *_SCHEDULES, *_TWINS)
+SUITES = ("two", "four", "schedules", "cpu")
 
 
 def model_nbytes(case: Case) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,6 @@ from sync_traffic import Traffic, plan_case, traffic_of
 
 from wavecast.runtime.cluster import ActorHandle, call_all, end_actors, start_actor
 from wavecast.runtime.demo import DemoActor, Weights
-from wavecast.runtime.errors import WavecastError
 from wavecast.runtime.group import ParameterSyncGroup
 from wavecast.runtime.model_group import ModelGroup
 from wavecast.runtime.report import SyncReport
@@ -29,6 +29,8 @@ _LOCAL_BYTES_PER_SECOND = 1e12
 #: For killed actors to be gone and their memory free.
 _GONE_SECONDS = 20.0
 _LOOK_SECONDS = 0.05
+#: Of a traceback, kept with the error of a case.
+_DETAIL_LINES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,8 @@ async def run_case(case: Case, book: CeilingBook, *, repeat: int, seconds: float
         return {**row, "status": "failed", "error": f"the case was not done after {seconds:.0f} s"}
     except Exception as error:
         # Whatever it is: the other cases' figures must not be lost with this one's.
-        detail = error.args[0] if isinstance(error, WavecastError) and error.args else error
-        return {**row, "status": "failed", "error": f"{type(error).__name__}: {detail}"}
+        detail = [*traceback.format_exception(error)[-_DETAIL_LINES:], *getattr(error, "__notes__", ())]
+        return {**row, "status": "failed", "error": f"{type(error).__name__}: {error}", "detail": "".join(detail)}
 
     status = "failed" if seen.differing else "ok"
     return {**row, "status": status, **figures(case, traffic, seen, ceilings)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import operator
@@ -11,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import anyio
 import pytest
 
-from wavecast.runtime.errors import ConfigError
+from wavecast.runtime.errors import ActorDied, ConfigError
 from wavecast.runtime.report import PhaseSeconds, SyncReport
-from wavecast.scheduler import RunReport
+from wavecast.scheduler import STRATEGIES, RunReport
 
 ROOT = Path(__file__).parents[2]
 MODULES = (
@@ -52,15 +54,14 @@ def test_names_are_unique_and_each_suite_has_its_cases(bench):
     names = [found.name for found in bench.sync_cases.CASES]
     assert len(set(names)) == len(names)
     sizes = {suite: len(bench.sync_cases.find_cases(suite=suite, names=())) for suite in bench.sync_cases.SUITES}
-    assert sizes == {"two": 10, "four": 11, "cpu": 17}
+    assert sizes == {"two": 10, "four": 11, "schedules": 3 + len(STRATEGIES), "cpu": 17}
 
 
-@pytest.mark.parametrize("suite", ["two", "four"])
-def test_cases_fit_the_gpus_of_their_suite(bench, suite):
-    gpus = {"two": 2, "four": 4}[suite]
+@pytest.mark.parametrize(("suite", "gpus"), [("two", 2), ("four", 4), ("schedules", 4)])
+def test_cases_fit_the_gpus_of_their_suite(bench, suite, gpus):
     for found in bench.sync_cases.find_cases(suite=suite, names=()):
         assert found.reason_to_skip(gpus) is None
-        assert found.bar is not None or found.transport == "ipc"
+        assert found.sync_options().checksum
 
 
 def test_every_case_has_an_actor_for_each_rank_and_all_of_the_model(bench):
@@ -124,6 +125,19 @@ def test_options_reach_the_group_and_unknown_transports_do_not(bench):
     assert (options.budget_bytes, options.in_flight, options.transport) == (256 << 20, 3, "auto")
     with pytest.raises(ConfigError, match="carrier"):
         replace(case(bench, "across-7b"), transport="carrier").sync_options()
+
+
+def test_options_of_the_command_override_those_of_a_case(bench):
+    found = case(bench, "schedule-barriers").with_options({"lookahead": 2, "budget_bytes": 1 << 20, "in_flight": 4})
+    options = found.sync_options()
+    assert (options.lookahead, options.budget_bytes, options.in_flight) == (2, 1 << 20, 4)
+    assert bench.bench_sync._option("in_flight=3") == ("in_flight", 3)
+    assert bench.bench_sync._option("transport=nccl") == ("transport", "nccl")
+
+
+def test_an_option_that_the_group_does_not_have_is_refused_by_name(bench):
+    with pytest.raises(ConfigError, match="no option 'speed', given as 9"):
+        case(bench, "across-7b").with_options({"speed": 9}).sync_options()
 
 
 # Traffic.
@@ -299,6 +313,27 @@ def test_bytes_that_stay_may_take_what_a_terabyte_a_second_takes(bench):
     row = row_of(bench, "colocated-7b", [1.0, 0.032])
     assert row["allowed_seconds"] == pytest.approx(7_615_620_096 / (0.8 * 380e9) + 7_615_620_096 / 1e12)
     assert row["meets_bar"] is True
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (ValueError("no room"), "ValueError: no room"),
+        (TimeoutError(), "the case was not done after 7 s"),
+        (ActorDied("it is gone", actors=(1,)), "ActorDied: it is gone"),
+    ],
+)
+def test_a_case_that_fails_is_a_row_like_the_others(bench, monkeypatch, raised, said):
+    async def fail(case, *, repeat, seconds):
+        raise raised
+
+    monkeypatch.setattr(bench.sync_measure, "_syncs", fail)
+    book, _ = measured(bench, monkeypatch, [{"index": 0, "seconds": [0.5]}])
+    run = functools.partial(bench.sync_measure.run_case, repeat=1, seconds=7.0)
+    row = anyio.run(run, case(bench, "cpu-across-7b"), book)
+    assert (row["name"], row["status"]) == ("cpu-across-7b", "failed")
+    assert row["error"].startswith(said)
+    assert json.loads(json.dumps(row)) == row
 
 
 def test_without_a_ceiling_there_is_no_share_and_no_verdict(bench):
