@@ -6,7 +6,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-__all__ = ("Member", "Outcome", "run_processes")
+__all__ = ("Member", "Outcome", "run_in_turn", "run_processes")
 
 Row = dict[str, object]
 
@@ -124,6 +124,35 @@ def run_processes(entry: Callable[..., None], *args: object, world: int, device:
             _end(processes, grace=_END_SECONDS if outcome.error is None else 0.0)
 
         return outcome
+
+
+def run_in_turn(
+    entry: Callable[..., None], items: Mapping[str, object], *args: object, world: int, device: str, seconds: float
+) -> dict[str, Row]:
+    """
+    Run ``entry(member, items, *args)``, which works off ``items`` in order and reports a row each, with its ``"name"``.
+
+    An item that fails gets a row with its error, and those behind it go on in fresh processes.
+
+    :param seconds: for all items together
+    """
+    found: dict[str, Row] = {}
+    remaining = dict(items)
+    until = time.monotonic() + seconds
+    while remaining:
+        left = max(until - time.monotonic(), 1.0)
+        outcome = run_processes(entry, remaining, *args, world=world, device=device, seconds=left)
+        for row in outcome.rows:
+            name = str(row["name"])
+            found[name] = row
+            del remaining[name]
+
+        if remaining:
+            failed = next(iter(remaining))
+            found[failed] = {"name": failed, "error": outcome.error or "nothing was reported"}
+            del remaining[failed]
+
+    return found
 
 
 def _collect(ends: Sequence[Connection], until: float, seconds: float) -> Outcome:
