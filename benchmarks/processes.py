@@ -159,28 +159,40 @@ def _collect(ends: Sequence[Connection], until: float, seconds: float) -> Outcom
     """Read rows until every process said that it is done, one failed, or the time is up."""
     rows: list[Row] = []
     running = list(ends)
-    while running:
+    error: str | None = None
+    while running and error is None:
         ready = wait(running, timeout=max(until - time.monotonic(), 0))
         if not ready:
-            return Outcome(tuple(rows), f"not done after {seconds:.0f} s")
+            error = f"not done after {seconds:.0f} s"
 
         for end in ready:
-            if not isinstance(end, Connection):
-                continue
+            if isinstance(end, Connection):
+                failure = _read(end, ends.index(end), running, rows)
+                error = error or failure
 
-            try:
-                what, value = end.recv()
-            except EOFError:
-                return Outcome(tuple(rows), f"the process of rank {ends.index(end)} ended without a word")
+    if error is not None:
+        # A row of one member was sent before another failed in what came next: it is here, and counts.
+        for end in list(running):
+            while end in running and end.poll():
+                _read(end, ends.index(end), running, rows)
 
-            if what == "row":
-                rows.append(value)
-            elif what == "done":
-                running.remove(end)
-            else:
-                return Outcome(tuple(rows), f"rank {ends.index(end)}: {value}")
+    return Outcome(tuple(rows), error)
 
-    return Outcome(tuple(rows), None)
+
+def _read(end: Connection, rank: int, running: list[Connection], rows: list[Row]) -> str | None:
+    """Take in one message of a member; return in words how it failed, if it did."""
+    try:
+        what, value = end.recv()
+    except EOFError:
+        running.remove(end)
+        return f"the process of rank {rank} ended without a word"
+
+    if what == "row":
+        rows.append(value)
+        return None
+
+    running.remove(end)
+    return None if what == "done" else f"rank {rank}: {value}"
 
 
 def _end(processes: Sequence[SpawnProcess], *, grace: float) -> None:
