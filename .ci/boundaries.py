@@ -28,6 +28,7 @@ RUNTIME = (
     "stopwatch",
     "sync_run",
     "group",
+    "demo_memory",
     "demo",
     "model",
     "plan_job",
