@@ -416,6 +416,13 @@ def test_bars_are_of_cases_with_figures_and_baselines_with_shares(bench):
     assert shares == {"wavecast": pytest.approx(0.8016, abs=1e-4), "seed": 0.67}
 
 
+def test_the_bar_in_the_chart_allows_what_the_bar_of_the_case_allows(bench):
+    assert bench.sync_chart.bar_of(row_of(bench, "across-7b", [1.0, 0.05])) == pytest.approx(0.92)
+    # 20.0 ms at the ceiling, 25.1 at the bar's share, and 7.6 for the bytes that stay.
+    assert bench.sync_chart.bar_of(row_of(bench, "colocated-7b", [1.0, 0.05])) == pytest.approx(0.6134, abs=1e-4)
+    assert bench.sync_chart.bar_of({"allowed_seconds": None, "port_bytes": 1}) is None
+
+
 def test_the_chart_is_drawn_the_same_twice(bench, tmp_path):
     pytest.importorskip("matplotlib")
     first = bench.sync_chart.plot([results(bench)], tmp_path / "a").read_bytes()
