@@ -241,7 +241,7 @@ class Agent:
 
     def _probe(self, session: Session, request: Probe) -> Excerpt:
         run = session.current(request.run)
-        return Excerpt(read_step(session.buckets_of(request.step), run.memory))
+        return Excerpt(read_step(session.buckets_of(request.step), session.memory_of(run)))
 
     def _compare(self, session: Session, request: Compare, attachment: object) -> Reply:
         run = session.current(request.run)
@@ -251,7 +251,7 @@ class Agent:
         if not isinstance(attachment, Excerpt):
             raise TypeError(f"expected the sender's excerpt, got {type(attachment).__name__}")
 
-        return Done(compare_step(session.buckets_of(request.step), run.memory, attachment.data))
+        return Done(compare_step(session.buckets_of(request.step), session.memory_of(run), attachment.data))
 
 
 def _listed(found: object) -> list[Shard]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 
 import torch
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.naming import Renames
 from wavecast.runtime.transfer.program import Cut
 
 __all__ = ("Memory", "as_bits", "dtype_of", "count_nan")
@@ -27,9 +29,16 @@ class Memory:
         self.shards = tuple(shards)
         self.device = _common_device(self.shards)
         self.signature = _signature(self.shards)
-        self._by_name: dict[str, list[Shard]] = {}
-        for shard in self.shards:
-            self._by_name.setdefault(shard.name, []).append(shard)
+        self._by_name = _by_name(self.shards, {})
+
+    def under(self, renames: Renames) -> Memory:
+        """Return the same memory, found by other names: those that a program's cuts have."""
+        if not renames:
+            return self
+
+        other = copy(self)
+        other._by_name = _by_name(self.shards, dict(renames))
+        return other
 
     def source(self, cut: Cut) -> torch.Tensor:
         """Return what holds ``cut``, from the first shard that has all of it; a computed one works it out now."""
@@ -100,6 +109,15 @@ def count_nan(shards: Sequence[Shard]) -> tuple[tuple[str, int], ...]:
                 found[shard.name] = found.get(shard.name, 0) + count
 
     return tuple(found.items())
+
+
+def _by_name(shards: Sequence[Shard], names: Mapping[str, tuple[str, ...]]) -> dict[str, list[Shard]]:
+    found: dict[str, list[Shard]] = {}
+    for shard in shards:
+        for name in names.get(shard.name, (shard.name,)):
+            found.setdefault(name, []).append(shard)
+
+    return found
 
 
 def _narrow(view: torch.Tensor, offset: tuple[int, ...], cut: Cut) -> torch.Tensor:

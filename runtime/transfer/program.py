@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.dtypes import itemsize
+from wavecast.runtime.naming import Renames
 from wavecast.runtime.plan.route import Route
 from wavecast.runtime.plan.tasks import task_routes
 from wavecast.scheduler import Schedule
@@ -75,6 +76,7 @@ class Program:
     :ivar actor: whose program it is
     :ivar bucket_bytes: bytes that travel at once; two buckets are held, one being filled while one travels
     :ivar checksum: whether both ends of a step sum up its bytes
+    :ivar renames: the actor's own names of which cuts have others; names that are missing here are the cuts' own
     """
 
     digest: str
@@ -82,6 +84,7 @@ class Program:
     bucket_bytes: int
     checksum: bool
     steps: tuple[Step, ...]
+    renames: Renames = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +100,12 @@ class PackedProgram:
     bucket_bytes: int
     checksum: bool
     steps: tuple[bytes, ...]
+    renames: Renames = ()
 
     def unpack(self) -> Program:
         """Return the program."""
         steps = tuple(pickle.loads(step) for step in self.steps)
-        return Program(self.digest, self.actor, self.bucket_bytes, self.checksum, steps)
+        return Program(self.digest, self.actor, self.bucket_bytes, self.checksum, steps, self.renames)
 
 
 class Placed(NamedTuple):
@@ -124,9 +128,19 @@ class Bucket:
 
 
 def compile_programs(
-    schedule: Schedule, *, actors: int, digest: str, bucket_bytes: int, checksum: bool
+    schedule: Schedule,
+    *,
+    actors: int,
+    digest: str,
+    bucket_bytes: int,
+    checksum: bool,
+    renames: Sequence[Renames] = (),
 ) -> tuple[Program, ...]:
-    """Return the program of each actor: its own steps, in wave order. Tasks carry their routes as payload."""
+    """
+    Return the program of each actor: its own steps, in wave order. Tasks carry their routes as payload.
+
+    :param renames: one an actor, or none at all
+    """
     steps: list[list[Step]] = [[] for _ in range(actors)]
     for wave in schedule.waves:
         for task in wave.tasks:
@@ -134,7 +148,10 @@ def compile_programs(
             for member in task.members:
                 steps[member].append(step)
 
-    return tuple(Program(digest, actor, bucket_bytes, checksum, tuple(own)) for actor, own in enumerate(steps))
+    return tuple(
+        Program(digest, actor, bucket_bytes, checksum, tuple(own), renames[actor] if renames else ())
+        for actor, own in enumerate(steps)
+    )
 
 
 def pack_programs(programs: Iterable[Program]) -> tuple[PackedProgram, ...]:
@@ -147,7 +164,9 @@ def pack_programs(programs: Iterable[Program]) -> tuple[PackedProgram, ...]:
                 pickled[step.task] = pickle.dumps(step, protocol=pickle.HIGHEST_PROTOCOL)
 
         steps = tuple(pickled[step.task] for step in program.steps)
-        packed.append(PackedProgram(program.digest, program.actor, program.bucket_bytes, program.checksum, steps))
+        packed.append(
+            PackedProgram(program.digest, program.actor, program.bucket_bytes, program.checksum, steps, program.renames)
+        )
 
     return tuple(packed)
 

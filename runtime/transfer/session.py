@@ -30,6 +30,7 @@ class Run:
         self.name = name
         self.actor = actor
         self.memory = memory
+        self.addressed: Memory | None = None
         self.next_step = 0
         self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
         self.given_up = ""
@@ -168,9 +169,19 @@ class Session:
         """Take on a program. On the lane."""
         self._program = program
         self._buckets = {}
+        if self.run is not None:
+            self.run.addressed = None
+
         sends = any(step.sender == program.actor for step in program.steps)
         self._forwards = sends and any(program.actor in step.receivers for step in program.steps)
         self._allocate()
+
+    def memory_of(self, run: Run) -> Memory:
+        """Return the run's memory, found by the names that the program's cuts have. On the lane."""
+        if self._program is not None and run.addressed is None:
+            run.addressed = run.memory.under(self._program.renames)
+
+        return run.addressed or run.memory
 
     def buckets_of(self, step: int) -> tuple[Bucket, ...]:
         """Return how the bytes of a step travel."""
@@ -260,7 +271,7 @@ class Session:
             buckets=self.buckets_of(request.step),
             ahead=self._ahead(request.step, run, program),
             forwards=self._forwards,
-            memory=run.memory,
+            memory=self.memory_of(run),
             sums=sums,
             deadline=deadline,
             check=run.check,
