@@ -136,7 +136,8 @@ def _known_tensors(case: Case) -> Tensors:
     for tensor in logical_tensors(case.config):
         seed = int.from_bytes(hashlib.sha256(tensor.name.encode()).digest()[:6], "big")
         generator = torch.Generator().manual_seed(seed)
-        found[tensor.name] = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(case.dtype)
+        dtype = dtype_of(tensor.dtype) if tensor.dtype else case.dtype
+        found[tensor.name] = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(dtype)
 
     return found
 
