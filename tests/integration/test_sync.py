@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
         pytest.param("tp=1", "tp=6", 1, id="fewer-kv-heads-than-tp"),
         pytest.param("tp=4", "tp=3,pp=2", 1, id="tp4-to-tp3-pp2"),
         pytest.param("pp=3", "pp=2", 2, id="pp3-to-pp2-x2"),
+        pytest.param("pp=4", "tp=2", 2, id="four-stages-to-tp2-x2-again-and-again"),
     ],
 )
 async def test_every_element_arrives_in_every_layout(make_sides: MakeSides, src: str, dst: str, replicas: int) -> None:
