@@ -20,6 +20,7 @@ RUNTIME = (
     "naming",
     "options",
     "transfer",
+    "carriers",
     "preparation",
     "cluster",
     "connection",

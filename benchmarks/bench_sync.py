@@ -72,7 +72,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dst", default="tp=1")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--transport", default="auto", choices=("auto", "nccl", "gloo"))
+    parser.add_argument("--transport", default="auto", choices=("auto", "nccl", "ipc", "gloo"))
     parser.add_argument("--budget-bytes", type=int, default=1 << 30)
     parser.add_argument("--chunk-bytes", type=int)
     parser.add_argument("--in-flight", type=int, default=2)
@@ -88,7 +88,7 @@ def _result(
     """Put the sync beside the time its busiest port needs for the same bytes in one message."""
     nbytes = min(port_bytes, _CEILING_LIMIT)
     gpus = torch.cuda.device_count()
-    if sync["transport"] == "nccl" and gpus > 1:
+    if sync["device"] == "cuda" and gpus > 1:
         ceilings = {"nccl": raw_pair(nbytes, backend="nccl"), "ipc": ipc_pair(nbytes)}
     else:
         ceilings = {"gloo": raw_pair(nbytes, backend="gloo")}

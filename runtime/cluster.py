@@ -92,10 +92,13 @@ class RayActors:
     def __len__(self) -> int:
         return len(self.handles)
 
-    def start(self, actor: int, request: Request, attachment: object = None) -> ray.ObjectRef[Reply]:
-        """Send ``request`` and return the reference of its answer; :meth:`answer` awaits it."""
-        method = self._methods[actor]
-        ref = method.remote(request, _HOST) if attachment is None else method.remote(request, _HOST, attachment)
+    def start(self, actor: int, request: Request, *attachments: ray.ObjectRef[Reply]) -> ray.ObjectRef[Reply]:
+        """
+        Send ``request`` and return the reference of its answer; :meth:`answer` awaits it.
+
+        :param attachments: other actors' answers, which Ray hands over without a stop here
+        """
+        ref = self._methods[actor].remote(request, _HOST, *attachments)
         self._running[ref] = _Call(actor, anyio.current_time())
         return ref
 

@@ -101,10 +101,11 @@ class DemoActor(TransferWorker):
             (piece, torch.empty(piece.box.extent, dtype=dtype_of(piece.dtype), device=device))
             for piece in layout.pieces
         ]
+        self._shards = [Shard(piece.tensor, view, piece.box.offset, piece.global_shape) for piece, view in self._held]
 
     def transfer_shards(self) -> list[Shard]:
-        """Return one shard a piece."""
-        return [Shard(piece.tensor, view, piece.box.offset, piece.global_shape) for piece, view in self._held]
+        """Return one shard a piece: the same ones each time, as the tensors are the same."""
+        return self._shards
 
     def fill(self, step: int) -> None:
         """Take on the weights of ``step``, as a trainer does by training."""

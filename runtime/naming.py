@@ -137,7 +137,8 @@ def _rename(layouts: Sequence[Layout], look_up: _Lookup) -> tuple[tuple[Layout, 
             known[key] = _rename_pieces(layout.pieces, look_up)
 
         pieces, changed = known[key]
-        named.append(replace(layout, pieces=pieces, frozen=_frozen(layout, look_up)))
+        computed = dict.fromkeys(name for own in layout.computed for name in look_up(own))
+        named.append(replace(layout, pieces=pieces, frozen=_frozen(layout, look_up), computed=tuple(computed)))
         renames.append(changed)
 
     return tuple(named), tuple(renames)

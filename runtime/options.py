@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from wavecast.runtime.errors import ConfigError
 from wavecast.scheduler import STRATEGIES
 
 __all__ = ("SyncOptions", "Transport")
 
-Transport = Literal["auto", "nccl", "gloo"]
+Transport = Literal["auto", "nccl", "ipc", "gloo"]
 
 _ALIGNMENT = 16
 _LEAST_BUDGET = 64 << 10
@@ -24,7 +24,8 @@ class SyncOptions:
     """
     How a group syncs.
 
-    :ivar transport: ``"nccl"``, ``"gloo"``, or ``"auto"``: NCCL where every actor has a GPU of its own, else gloo
+    :ivar transport: ``"auto"``: receivers pull from senders on their node through CUDA IPC, the rest goes over NCCL
+        where every actor has a GPU of its own, over gloo where not; or ``"nccl"``, ``"ipc"``, ``"gloo"`` alone
     :ivar budget_bytes: extra memory an actor may hold for staging; two buckets of half of it take turns.
         Communicators are counted and reported apart
     :ivar chunk_bytes: the most bytes of a task; ``None`` chooses by the busiest actor's bytes
@@ -34,6 +35,7 @@ class SyncOptions:
         after each wave
     :ivar in_flight: tasks an actor may have been given at a time; it works them off in wave order
     :ivar deadline_seconds: when a sync is given none of its own
+    :ivar release_communicators: give the communicators' memory back after each sync; the next one makes them anew
     :ivar checksum: sum up what is sent and what was written, and compare
     :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
     :ivar allow_missing: destination tensors that may stay as they are when no source has them
@@ -50,6 +52,7 @@ class SyncOptions:
     lookahead: int | None = None
     in_flight: int = 2
     deadline_seconds: float = 300.0
+    release_communicators: bool = False
     checksum: bool = True
     frequency: int = 1
     allow_missing: Collection[str] = ()
@@ -65,7 +68,7 @@ class SyncOptions:
             optional = name in ("chunk_bytes", "lookahead")
             _require(isinstance(value, int) or (optional and value is None), name, value, "an integer")
 
-        _require(self.transport in ("auto", "nccl", "gloo"), "transport", self.transport, "auto, nccl or gloo")
+        _require(self.transport in get_args(Transport), "transport", self.transport, "auto, nccl, ipc or gloo")
         _require(self.budget_bytes >= _LEAST_BUDGET, "budget_bytes", self.budget_bytes, f"at least {_LEAST_BUDGET}")
         _require(
             self.chunk_bytes is None or self.chunk_bytes >= _ALIGNMENT, "chunk_bytes", self.chunk_bytes, "16 or more"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,12 +59,14 @@ class Step:
     :ivar sender: the actor whose memory is read
     :ivar receivers: the actors whose memory is written
     :ivar cuts: what travels, in wire order
+    :ivar pull: the receiver fetches the cuts out of the sender's memory; otherwise they are packed, moved and unpacked
     """
 
     task: int
     sender: int
     receivers: tuple[int, ...]
     cuts: tuple[Cut, ...]
+    pull: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class Program:
     :ivar actor: whose program it is
     :ivar bucket_bytes: bytes that travel at once; two buckets are held, one being filled while one travels
     :ivar checksum: whether both ends of a step sum up its bytes
+    :ivar kernels: packing, unpacking and summing up are done by fused kernels, on all actors or on none: the two ways
+        have sums of their own
     :ivar renames: the actor's own names of which cuts have others; names that are missing here are the cuts' own
     """
 
@@ -83,6 +87,7 @@ class Program:
     actor: int
     bucket_bytes: int
     checksum: bool
+    kernels: bool
     steps: tuple[Step, ...]
     renames: Renames = ()
 
@@ -99,13 +104,14 @@ class PackedProgram:
     actor: int
     bucket_bytes: int
     checksum: bool
+    kernels: bool
     steps: tuple[bytes, ...]
     renames: Renames = ()
 
     def unpack(self) -> Program:
         """Return the program."""
         steps = tuple(pickle.loads(step) for step in self.steps)
-        return Program(self.digest, self.actor, self.bucket_bytes, self.checksum, steps, self.renames)
+        return Program(self.digest, self.actor, self.bucket_bytes, self.checksum, self.kernels, steps, self.renames)
 
 
 class Placed(NamedTuple):
@@ -121,10 +127,12 @@ class Bucket:
     What travels at once.
 
     :ivar nbytes: alignment included
+    :ivar first: bytes of the step's buckets before this one
     """
 
     items: tuple[Placed, ...]
     nbytes: int
+    first: int = 0
 
 
 def compile_programs(
@@ -134,22 +142,27 @@ def compile_programs(
     digest: str,
     bucket_bytes: int,
     checksum: bool,
+    kernels: bool = False,
+    pulled: Callable[[Route], bool] | None = None,
     renames: Sequence[Renames] = (),
 ) -> tuple[Program, ...]:
     """
     Return the program of each actor: its own steps, in wave order. Tasks carry their routes as payload.
 
+    :param pulled: tells whether a route is pulled; all routes of a task alike. Left out, none is
     :param renames: one an actor, or none at all
     """
     steps: list[list[Step]] = [[] for _ in range(actors)]
     for wave in schedule.waves:
         for task in wave.tasks:
-            step = Step(task.id, task.senders[0], task.receivers, _cuts(task_routes(task)))
+            routes = task_routes(task)
+            pull = pulled is not None and bool(routes) and pulled(routes[0])
+            step = Step(task.id, task.senders[0], task.receivers, _cuts(routes), pull)
             for member in task.members:
                 steps[member].append(step)
 
     return tuple(
-        Program(digest, actor, bucket_bytes, checksum, tuple(own), renames[actor] if renames else ())
+        Program(digest, actor, bucket_bytes, checksum, kernels, tuple(own), renames[actor] if renames else ())
         for actor, own in enumerate(steps)
     )
 
@@ -165,7 +178,15 @@ def pack_programs(programs: Iterable[Program]) -> tuple[PackedProgram, ...]:
 
         steps = tuple(pickled[step.task] for step in program.steps)
         packed.append(
-            PackedProgram(program.digest, program.actor, program.bucket_bytes, program.checksum, steps, program.renames)
+            PackedProgram(
+                program.digest,
+                program.actor,
+                program.bucket_bytes,
+                program.checksum,
+                program.kernels,
+                steps,
+                program.renames,
+            )
         )
 
     return tuple(packed)
@@ -186,18 +207,19 @@ def fill_buckets(cuts: Iterable[Cut], *, bucket_bytes: int) -> tuple[Bucket, ...
 
     buckets: list[Bucket] = []
     items: list[Placed] = []
-    used = 0
+    used, before = 0, 0
     for cut in _divide(cuts, room):
         nbytes = cut.nbytes
         if items and used + nbytes > room:
-            buckets.append(Bucket(tuple(items), used))
+            buckets.append(Bucket(tuple(items), used, before))
+            before += used
             items, used = [], 0
 
         items.append(Placed(cut, used))
         used += -(-nbytes // ALIGNMENT) * ALIGNMENT
 
     if items:
-        buckets.append(Bucket(tuple(items), used))
+        buckets.append(Bucket(tuple(items), used, before))
 
     return tuple(buckets)
 

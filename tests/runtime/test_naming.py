@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from wavecast.runtime.carriers import Carriers
 from wavecast.runtime.errors import ConfigError, LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece, Shard, describe
@@ -92,6 +95,12 @@ def test_what_is_frozen_is_renamed_and_trained_where_any_of_its_memory_is() -> N
     assert naming.sources[0].frozen == ("x",)
 
 
+def test_what_is_computed_is_renamed_too() -> None:
+    source = replace(held("a", "b", "c"), computed=("a", "c"))
+    naming = name_layouts([source], [held("x")], source_names={"a": ("x", "y"), "c": None})
+    assert naming.sources[0].computed == ("x", "y")
+
+
 def test_a_head_held_apart_is_read_from_the_embedding_of_a_tied_source() -> None:
     naming = name_layouts([held(EMBED)], [held(EMBED), held(HEAD)], aliases=TIED)
     assert [names_of(layout) for layout in naming.destinations] == [[EMBED], [EMBED]]
@@ -149,7 +158,7 @@ def test_to_pick_an_alias_is_to_pick_the_tensor_it_is_read_from() -> None:
 def prepared(sources: list[Shard], destinations: list[list[Shard]], **how: object) -> Preparation:
     layouts = [describe(sources)], [describe(shards) for shards in destinations]
     naming = name_layouts(*layouts, **how)  # type: ignore[arg-type]
-    return prepare(naming.sources, naming.destinations, SyncOptions(), None, renames=naming.renames)
+    return prepare(naming.sources, naming.destinations, SyncOptions(), None, Carriers("gloo"), renames=naming.renames)
 
 
 def carry_out(programs: tuple[Program, ...], shards: list[list[Shard]]) -> None:
@@ -224,3 +233,4 @@ def test_names_swapped_on_one_actor_are_not_mixed_up() -> None:
     swapped = memory.under(ready.programs[0].renames)
     assert {cut.tensor: float(swapped.source(cut)) for cut in step.cuts} == {"a": 2.0, "b": 1.0}
     assert memory.under(()) is memory
+    assert memory.under(ready.programs[0].renames) is swapped
