@@ -29,6 +29,7 @@ RUNTIME = (
     "stopwatch",
     "sync_run",
     "group",
+    "demo_memory",
     "demo",
     "model",
     "plan_job",

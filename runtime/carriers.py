@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from wavecast.runtime.errors import TransportUnavailable
+from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Place
 from wavecast.runtime.plan.reshard import ReshardPlan
 from wavecast.runtime.plan.route import Route
@@ -15,6 +16,8 @@ __all__ = ("Ability", "Carriers", "PullRule", "choose_carriers", "part_routes")
 
 #: A broadcast over NCCL brings each receiver 360 GB/s, a pull 390.
 _BROADCAST_LOSS = 1.08
+
+_Dims = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +128,13 @@ class PullRule:
         )
 
 
-def part_routes(plan: ReshardPlan, carriers: Carriers) -> ReshardPlan:
+def part_routes(plan: ReshardPlan, layouts: Sequence[Layout], carriers: Carriers) -> ReshardPlan:
     """
     Return ``plan`` with routes of several receivers made one each where that is as fast: then they can be pulled.
 
     A broadcast leaves its sender once, so it stays whole where the sender's port would else be the busiest by far; but
-    where the receivers' ports are busy anyway, single pulls in turn use all ports at a link's full speed.
+    where the receivers' ports are busy anyway, single pulls in turn use all ports at a link's full speed. What was
+    parted goes to the sender that serves its receiver anyway, if that holds it and does not become the busiest by it.
     """
     several = [route for route in plan.routes if len(route.receivers) > 1]
     if not several or not carriers.pulls:
@@ -154,7 +158,46 @@ def part_routes(plan: ReshardPlan, carriers: Carriers) -> ReshardPlan:
         for route in plan.routes
         for receiver in route.receivers
     ]
-    return replace(plan, routes=tuple(routes))
+    moved = frozenset((route.tensor, route.offset, route.extent) for route in several)
+    return replace(plan, routes=tuple(_regroup(routes, moved, layouts)))
+
+
+def _regroup(
+    routes: Sequence[Route], parted: Collection[tuple[str, _Dims, _Dims]], layouts: Sequence[Layout]
+) -> list[Route]:
+    """Return ``routes`` with those ``parted`` moved to the sender that brings their receiver most, where that fits."""
+    brought: dict[int, Counter[int]] = {}
+    loads = Counter[int]()
+    for route in routes:
+        loads[route.sender] += route.nbytes
+        brought.setdefault(route.receivers[0], Counter())[route.sender] += route.nbytes
+
+    most = max(loads.values())
+    heaviest = {
+        receiver: max(found, key=lambda sender: (found[sender], -sender)) for receiver, found in brought.items()
+    }
+    held: dict[int, dict[str, list[Box]]] = {}
+    for sender in set(heaviest.values()):
+        boxes = held[sender] = {}
+        for piece in layouts[sender].pieces:
+            boxes.setdefault(piece.tensor, []).append(piece.box)
+
+    regrouped: list[Route] = []
+    for route in routes:
+        other = heaviest[route.receivers[0]]
+        if (
+            other != route.sender
+            and (route.tensor, route.offset, route.extent) in parted
+            and loads[other] + route.nbytes <= most
+            and any(box.contains(route.box) for box in held[other].get(route.tensor, ()))
+        ):
+            loads[route.sender] -= route.nbytes
+            loads[other] += route.nbytes
+            route = replace(route, sender=other)
+
+        regrouped.append(route)
+
+    return regrouped
 
 
 def _held_as_is(layout: Layout) -> dict[str, str]:

@@ -83,8 +83,9 @@ def prepare(
 
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
     resharded = time.perf_counter()
-    plan = part_routes(plan, carriers)
-    pulled = PullRule((*sources, *destinations), carriers)
+    layouts = (*sources, *destinations)
+    plan = part_routes(plan, layouts, carriers)
+    pulled = PullRule(layouts, carriers)
     tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes, apart=pulled)
     schedule = plan_waves(tasks, strategy=options.strategy, ports=options.ports)
     verify(schedule, tasks)

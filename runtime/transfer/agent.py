@@ -92,6 +92,7 @@ class Agent:
         self._latest = 0
         self._memory: Memory | None = None
         self._moves = 0
+        self._place: tuple[torch.device, Place] | None = None
         self._unshared = ""
         self._layout = Layout(())
         self._signature: tuple[object, ...] | None = None
@@ -225,7 +226,7 @@ class Agent:
             # Others may read this memory as soon as this is answered.
             CudaFence(run.ready, lambda: bool(run.given_up)).wait(Deadline(request.seconds))
 
-        place = Place(host.node(), _device_name(memory.device))
+        place = self._locate(host, memory.device)
         return Began(
             digest=self._digest,
             place=place,
@@ -236,6 +237,13 @@ class Agent:
             unshared=self._unshared,
             kernels=memory.device.type == "cuda" and has_kernels(),
         )
+
+    def _locate(self, host: Host, device: torch.device) -> Place:
+        """Return where the shards are; an actor never leaves its node, so only its device may change."""
+        if self._place is None or self._place[0] != device:
+            self._place = (device, Place(host.node(), _device_name(device)))
+
+        return self._place[1]
 
     def _read_shards(self, actor: int) -> Memory:
         """Ask the user's hook; what it returned the last time is taken as it was where it has not changed."""

@@ -10,6 +10,8 @@ from wavecast.runtime.layout.shard import Layout, Place
 from wavecast.runtime.transfer.program import PackedProgram
 
 __all__ = (
+    "encode",
+    "decode",
     "RunId",
     "Request",
     "Begin",
@@ -39,6 +41,16 @@ __all__ = (
     "Done",
     "Failure",
 )
+
+
+def encode(value: object) -> bytes:
+    """Return a message as bytes: the host's channel carries those at least cost."""
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode(data: bytes) -> object:
+    """Return the message. Only for bytes that came over the host's own channel: they are unpickled."""
+    return pickle.loads(data)
 
 
 #: Pieces a part: a few milliseconds to unpickle.

@@ -22,9 +22,10 @@ __all__ = ("Puller", "export_addresses", "why_not_shared")
 #: A row of at least so many bytes goes by a copy engine, which is faster than a kernel there: 386 GB/s at 8 MiB against
 #: 375, 372 at 3 MiB.
 _ENGINE_NBYTES = 8 << 20
-#: What was written is summed up part by part, so that little is left to sum up when the last byte has arrived.
-_PARTS = 4
-_LEAST_PART_NBYTES = 64 << 20
+#: What was written is summed up part by part, each a third of what is left, so that little is left to sum up when the
+#: last byte has arrived.
+_SHARE = 3
+_LEAST_PART_NBYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -229,13 +230,11 @@ class Puller:
         return found
 
     def _make_parts(self, step: Step) -> Iterable[_Part]:
-        nbytes = sum(cut.nbytes for cut in step.cuts)
-        room = max(-(-nbytes // _PARTS), _LEAST_PART_NBYTES)
         counted, others = self._pulled(step)
-        for segments in _fill(others, room):
+        for segments in _fill(others):
             yield self._part(segments, counted=False)
 
-        for segments in _fill(counted, room):
+        for segments in _fill(counted):
             yield self._part(segments, counted=True)
 
     def _pulled(self, step: Step) -> tuple[list[Segment], list[Segment]]:
@@ -289,21 +288,25 @@ class Puller:
         return self._memory
 
 
-def _fill(segments: list[Segment], room: int) -> Iterable[list[Segment]]:
-    """Yield ``segments`` in order, cut and put together to parts of about ``room`` bytes."""
+def _fill(segments: list[Segment]) -> Iterable[list[Segment]]:
+    """Yield ``segments`` in order, cut and put together to ever smaller parts."""
+    left = sum(segment.rows * segment.nbytes for segment in segments)
+    room = max(left // _SHARE, _LEAST_PART_NBYTES)
     part: list[Segment] = []
     used = 0
     for whole in join_segments(segments):
-        for segment in split_segment(whole, room):
+        for segment in split_segment(whole, _LEAST_PART_NBYTES):
             if part and used + segment.rows * segment.nbytes > room:
-                yield part
+                yield join_segments(part)
+                left -= used
+                room = max(left // _SHARE, _LEAST_PART_NBYTES)
                 part, used = [], 0
 
             part.append(segment)
             used += segment.rows * segment.nbytes
 
     if part:
-        yield part
+        yield join_segments(part)
 
 
 def _on_wire(cuts: Iterable[Cut]) -> Iterable[tuple[Cut, int]]:
