@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -148,7 +149,7 @@ class ParameterSyncGroup:
         for group in (self._source, self._destination):
             replicas = [[fresh if actor == dead else actor for actor in replica] for replica in group.replicas]
             found = found or dead in group.actors
-            groups.append(ModelGroup(group.name, replicas))
+            groups.append(replace(group, replicas=replicas))
 
         if not found:
             raise errors.ConfigError(f"actor {dead!r} is not in this group")
@@ -162,7 +163,7 @@ class ParameterSyncGroup:
         self._require_idle()
         index = len(self._destination.replicas)
         await self._change_members(
-            self._source, ModelGroup(self._destination.name, (*self._destination.replicas, actors))
+            self._source, replace(self._destination, replicas=(*self._destination.replicas, actors))
         )
         self._versions[index] = None
         return index
@@ -176,7 +177,7 @@ class ParameterSyncGroup:
 
         del replicas[index]
         kept = [version for number, version in sorted(self._versions.items()) if number != index]
-        await self._change_members(self._source, ModelGroup(self._destination.name, replicas))
+        await self._change_members(self._source, replace(self._destination, replicas=replicas))
         self._versions = dict(enumerate(kept))
 
     async def aclose(self) -> None:
@@ -221,7 +222,7 @@ class ParameterSyncGroup:
 
         self._source = source
         self._destination = destination
-        self._known = Known(actors, len(source.actors))
+        self._known = Known(actors, len(source.actors), names=(source.names, destination.names))
 
     async def _change_members(self, source: ModelGroup, destination: ModelGroup) -> None:
         before = self._known.actors

@@ -39,6 +39,8 @@ class SyncOptions:
     :ivar checksum: sum up what is sent and what was written, and compare
     :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
     :ivar allow_missing: destination tensors that may stay as they are when no source has them
+    :ivar aliases: sets of logical names that are one tensor where weights are tied, such as
+        ``[("model.embed_tokens.weight", "lm_head.weight")]``: what no source holds is read from the one alias they do
     :raises ConfigError: for a value that cannot be
     """
 
@@ -54,11 +56,13 @@ class SyncOptions:
     checksum: bool = True
     frequency: int = 1
     allow_missing: Collection[str] = ()
+    aliases: Collection[Collection[str]] = ()
 
     def __post_init__(self) -> None:
         # A string is a collection of strings too: of its letters.
         _require(not isinstance(self.allow_missing, str), "allow_missing", self.allow_missing, "a collection of names")
         object.__setattr__(self, "allow_missing", frozenset(self.allow_missing))
+        object.__setattr__(self, "aliases", _alias_sets(self.aliases))
         for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "frequency"):
             value = getattr(self, name)
             optional = name in ("chunk_bytes", "lookahead")
@@ -90,6 +94,18 @@ class SyncOptions:
     def bucket_bytes(self) -> int:
         """Bytes that travel at once: half of the budget, aligned."""
         return self.budget_bytes // 2 // _ALIGNMENT * _ALIGNMENT
+
+
+def _alias_sets(aliases: Collection[Collection[str]]) -> tuple[tuple[str, ...], ...]:
+    wanted = "a collection of sets of two or more names, each name in one of them"
+    _require(not isinstance(aliases, str), "aliases", aliases, wanted)
+    for names in aliases:
+        sound = not isinstance(names, str) and len(set(names)) > 1 and all(isinstance(name, str) for name in names)
+        _require(sound, "aliases", aliases, wanted)
+
+    every = [name for names in aliases for name in dict.fromkeys(names)]
+    _require(len(set(every)) == len(every), "aliases", aliases, wanted)
+    return tuple(sorted(tuple(sorted(set(names))) for names in aliases))
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 from wavecast.runtime.carriers import Carriers, PullRule, part_routes
 from wavecast.runtime.errors import ConfigError, LayoutError
 from wavecast.runtime.layout.shard import Layout
+from wavecast.runtime.naming import Renames
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
@@ -61,12 +64,16 @@ def prepare(
     options: SyncOptions,
     names: frozenset[str] | None,
     carriers: Carriers,
+    *,
+    renames: Sequence[Renames] = (),
 ) -> Preparation:
     """
     Plan, schedule, verify and compile.
 
     :param carriers: the ways open to these actors
     :param names: the tensors selected, or ``None`` for all
+    :param renames: one an actor, where layouts have other names than the actors themselves (see
+        :func:`~wavecast.runtime.naming.name_layouts`)
     :raises LayoutError: when the layouts cannot be served
     """
     start = time.perf_counter()
@@ -85,6 +92,9 @@ def prepare(
     # What an actor does with a task depends on these as well, and all must agree on it.
     way = f"{carriers.moved}{'+pulls' if carriers.pulls else ''}{'+kernels' if carriers.kernels else ''}"
     digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}-{way}"
+    if any(renames):
+        digest += f"-{hashlib.sha256(repr(tuple(renames)).encode()).hexdigest()[:16]}"
+
     programs = compile_programs(
         schedule,
         actors=len(sources) + len(destinations),
@@ -93,6 +103,7 @@ def prepare(
         checksum=options.checksum,
         kernels=carriers.kernels,
         pulled=pulled,
+        renames=renames,
     )
     step_of = tuple({step.task: index for index, step in enumerate(program.steps)} for program in programs)
     in_order = [task for wave in schedule.waves for task in wave.tasks]
@@ -117,12 +128,19 @@ def prepare(
     )
 
 
-def select_names(sources: Sequence[Layout], destinations: Sequence[Layout], only: Only) -> frozenset[str] | None:
+def select_names(
+    sources: Sequence[Layout],
+    destinations: Sequence[Layout],
+    only: Only,
+    *,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> frozenset[str] | None:
     """
     Return the names that ``only`` picks out of what the destinations hold, or ``None`` for all.
 
     ``"trainable"`` picks the tensors that some source holds and no source has frozen.
 
+    :param aliases: names that are known to the plan by another: to pick either is to pick the tensor
     :raises ConfigError: for any other string, which is a collection of letters
     :raises LayoutError: for a name that no destination holds, and when nothing is picked
     """
@@ -138,7 +156,7 @@ def select_names(sources: Sequence[Layout], destinations: Sequence[Layout], only
     elif callable(only):
         names = frozenset(name for name in held if only(name))
     else:
-        names = frozenset(only)
+        names = frozenset(aliases.get(name, name) for name in only)
         unknown = sorted(names - held.keys())
         if unknown:
             raise LayoutError(f"only= names {unknown[0]!r}, which no destination holds", tensor=unknown[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -14,6 +15,8 @@ from wavecast.runtime.carriers import Ability, Carriers, choose_carriers
 from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.connection import Connection
 from wavecast.runtime.layout.shard import Layout
+from wavecast.runtime.layout.views import NameMap
+from wavecast.runtime.naming import Naming, name_layouts
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Only, Preparation, prepare, select_names
 from wavecast.runtime.report import PhaseSeconds, SyncReport
@@ -66,16 +69,20 @@ class Known:
     """
     What earlier syncs of the same actors found out and need not find out again.
 
+    :param names: the name maps of both sides
     :ivar layouts: by digest
+    :ivar naming: the last layouts under logical names, with what they were made of
     :ivar prepared: the last preparation, with what it was made for
     :ivar refused: pairs of sender and receiver of which the receiver could not map the sender's memory
     """
 
-    def __init__(self, actors: RayActors, sources: int) -> None:
+    def __init__(self, actors: RayActors, sources: int, *, names: tuple[NameMap | None, NameMap | None]) -> None:
         self.actors = actors
         self.sources = sources
+        self.names = names
         self.connection = Connection(actors)
         self.layouts: dict[str, Layout] = {}
+        self.naming: tuple[tuple[object, ...], Naming] | None = None
         self.prepared: tuple[tuple[object, ...], Preparation] | None = None
         self.refused: frozenset[tuple[int, int]] = frozenset()
         self._chosen: tuple[object, Carriers] | None = None
@@ -313,9 +320,9 @@ class SyncRun:
         return tuple((reply.digest, reply.place) for reply in began), self._carriers(began), names
 
     async def _prepare(self, began: list[Began], only: Only) -> tuple[Preparation, bool]:
-        layouts = [replace(self._known.layouts[reply.digest], place=reply.place) for reply in began]
-        sources, destinations = layouts[: self._sources], layouts[self._sources :]
-        names = select_names(sources, destinations, only)
+        naming = await self._named(began)
+        sources, destinations = naming.sources, naming.destinations
+        names = select_names(sources, destinations, only, aliases=naming.aliases)
         carriers = self._carriers(began)
         key = self._key(began, names)
         if self._known.prepared is not None and self._known.prepared[0] == key:
@@ -323,10 +330,31 @@ class SyncRun:
 
         # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on.
         preparation = await anyio.to_thread.run_sync(
-            prepare, sources, destinations, self._options, names, carriers, abandon_on_cancel=True
+            partial(prepare, sources, destinations, self._options, names, carriers, renames=naming.renames),
+            abandon_on_cancel=True,
         )
         self._known.prepared = (key, preparation)
         return preparation, True
+
+    async def _named(self, began: list[Began]) -> Naming:
+        """Return both sides under logical names; worked out off the loop when a layout has changed."""
+        known = self._known
+        key = tuple((reply.digest, reply.place) for reply in began)
+        if known.naming is None or known.naming[0] != key:
+            layouts = [replace(known.layouts[reply.digest], place=reply.place) for reply in began]
+            naming = await anyio.to_thread.run_sync(
+                partial(
+                    name_layouts,
+                    layouts[: self._sources],
+                    layouts[self._sources :],
+                    source_names=known.names[0],
+                    destination_names=known.names[1],
+                    aliases=self._options.aliases,
+                )
+            )
+            known.naming = (key, naming)
+
+        return known.naming[1]
 
     async def _transfer(self, preparation: Preparation) -> RunReport:
         async def dispatch(task: Task) -> list[StepDone]:

@@ -312,7 +312,7 @@ class Agent:
 
     def _probe(self, session: Session, request: Probe) -> Excerpt:
         run = session.current(request.run)
-        return Excerpt(read_step(session.buckets_of(request.step), run.memory))
+        return Excerpt(read_step(session.buckets_of(request.step), session.memory_of(run)))
 
     def _attach(self, session: Session, request: Attach, attachments: tuple[object, ...]) -> Reply:
         found: dict[int, Addresses] = {}
@@ -342,7 +342,7 @@ class Agent:
         if not isinstance(attachment, Excerpt):
             raise TypeError(f"expected the sender's excerpt, got {type(attachment).__name__}")
 
-        return Done(compare_step(session.buckets_of(request.step), run.memory, attachment.data))
+        return Done(compare_step(session.buckets_of(request.step), session.memory_of(run), attachment.data))
 
 
 def _listed(found: object) -> list[Shard]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 
 import torch
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.naming import Renames
 from wavecast.runtime.transfer.program import Cut
 from wavecast.runtime.transfer.segments import Strided
 
@@ -29,11 +31,22 @@ class Memory:
         self.shards = tuple(shards)
         self.device = _common_device(self.shards)
         self.signature = _signature(self.shards)
-        self._by_name: dict[str, list[Shard]] = {}
         self._addresses = self.addresses()
         self._shapes = [shard.view.shape for shard in self.shards]
-        for shard in self.shards:
-            self._by_name.setdefault(shard.name, []).append(shard)
+        self._by_name = _by_name(self.shards, {})
+        self._under: tuple[Renames, Memory] | None = None
+
+    def under(self, renames: Renames) -> Memory:
+        """Return the same memory, found by other names: those of a program's cuts. For the same object the same."""
+        if not renames:
+            return self
+
+        if self._under is None or self._under[0] is not renames:
+            other = copy(self)
+            other._by_name = _by_name(self.shards, dict(renames))
+            self._under = (renames, other)
+
+        return self._under[1]
 
     def addresses(self) -> list[int]:
         """Return the address of each shard's first element, 0 where it has none."""
@@ -133,6 +146,15 @@ def count_nan(shards: Sequence[Shard]) -> tuple[tuple[str, int], ...]:
                 found[shard.name] = found.get(shard.name, 0) + count
 
     return tuple(found.items())
+
+
+def _by_name(shards: Sequence[Shard], names: Mapping[str, tuple[str, ...]]) -> dict[str, list[Shard]]:
+    found: dict[str, list[Shard]] = {}
+    for shard in shards:
+        for name in names.get(shard.name, (shard.name,)):
+            found.setdefault(name, []).append(shard)
+
+    return found
 
 
 def _narrow(view: torch.Tensor, offset: tuple[int, ...], cut: Cut) -> torch.Tensor:

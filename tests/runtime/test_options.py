@@ -32,6 +32,12 @@ IMPOSSIBLE: list[tuple[str, object, str]] = [
     ("frequency", -1, "0 or more"),
     ("frequency", None, "an integer"),
     ("allow_missing", "lm_head.weight", "a collection of names"),
+    ("aliases", "lm_head.weight", "a collection of sets of two or more names"),
+    ("aliases", ["ab"], "a collection of sets of two or more names"),
+    ("aliases", [("a",)], "two or more names"),
+    ("aliases", [("a", "a")], "two or more names"),
+    ("aliases", [("a", 1)], "two or more names"),
+    ("aliases", [("a", "b"), ("b", "c")], "each name in one of them"),
 ]
 
 
@@ -55,7 +61,9 @@ def test_the_least_of_everything_is_possible() -> None:
         deadline_seconds=0.001,
         frequency=0,
         allow_missing=["b", "a", "b"],
+        aliases=[{"d", "c"}, ["b", "a"]],
     )
+    assert options.aliases == (("a", "b"), ("c", "d"))
     assert options.allow_missing == {"a", "b"}
     assert options.bucket_bytes == 32_768
 

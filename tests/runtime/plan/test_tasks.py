@@ -11,7 +11,7 @@ from wavecast.runtime.plan.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, choos
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import plan_reshard
 from wavecast.runtime.plan.route import Route
-from wavecast.runtime.plan.tasks import build_tasks, group_routes, relabel, task_routes
+from wavecast.runtime.plan.tasks import MAX_TASKS, build_tasks, group_routes, relabel, task_routes
 from wavecast.scheduler.task import Task
 
 MIB = 1 << 20
@@ -89,6 +89,15 @@ def test_scalars_fill_chunks_whole() -> None:
 def test_a_chunk_smaller_than_an_element_is_refused() -> None:
     with pytest.raises(ConfigError, match="chunk_bytes is 15; an element may need 16"):
         cut_run([route(4)], chunk_bytes=15)
+
+
+def test_chunks_so_small_that_tasks_have_no_end_are_refused_before_any_is_made(kit) -> None:
+    plan = plan_reshard(kit.split("w", (MAX_TASKS + 1, 4), 1), kit.split("w", (MAX_TASKS + 1, 4), 1))
+    assert plan.nbytes == 16 * (MAX_TASKS + 1)
+    with pytest.raises(ConfigError, match="chunk_bytes is 16: it cuts 1048592 bytes into 65537 tasks, more than 65536"):
+        build_tasks(plan, chunk_bytes=16)
+
+    assert len(build_tasks(plan, chunk_bytes=32)) == MAX_TASKS // 2 + 1
 
 
 @pytest.mark.parametrize(
