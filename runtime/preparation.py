@@ -12,7 +12,7 @@ from wavecast.runtime.layout.shard import Layout, Place
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
-from wavecast.runtime.plan.tasks import build_tasks
+from wavecast.runtime.plan.tasks import build_tasks, spread_tasks
 from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
 from wavecast.scheduler import Schedule, plan_waves, verify
 
@@ -65,6 +65,7 @@ def prepare(
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
     resharded = time.perf_counter()
     tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes)
+    tasks = spread_tasks(tasks, method=options.fan_out, ports=options.ports, cost=options.link)
     schedule = plan_waves(tasks, strategy=options.strategy, ports=options.ports)
     verify(schedule, tasks)
     # What an actor does with a task depends on these two options as well, and all must agree on it.

@@ -332,7 +332,7 @@ class SyncRun:
 
 def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
     """
-    Compare what each receiver found in its memory with what the sender sent.
+    Compare what each receiver found in its memory with what the sender sent, and what is passed on with what came.
 
     :raises ChecksumMismatch: naming task, tensor and actors
     """
@@ -341,6 +341,7 @@ def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) 
         for task in wave.tasks:
             sender = task.senders[0]
             sent = finished[sender].checksums[step_of[sender][task.id]]
+            _require_passed_on(task, sent, finished, preparation)
             for receiver in task.receivers:
                 index = step_of[receiver][task.id]
                 found = finished[receiver].checksums[index]
@@ -353,6 +354,23 @@ def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) 
                         actors=(sender, receiver),
                         task=task.id,
                     )
+
+
+def _require_passed_on(task: Task, sent: int, finished: dict[int, Finished], preparation: Preparation) -> None:
+    sender = task.senders[0]
+    for before in task.after:
+        # A hop comes after the one that brought its bytes, and after nothing else at its sender.
+        index = preparation.step_of[sender][before]
+        got = finished[sender].checksums[index]
+        if got != sent:
+            cuts = preparation.programs[sender].steps[index].cuts
+            raise errors.ChecksumMismatch(
+                f"what was passed on sums up to {sent:#x}, what had come to {got:#x}: "
+                f"{len(cuts)} cuts from {cuts[0].tensor!r} on",
+                tensor=cuts[0].tensor,
+                actors=(sender,),
+                task=task.id,
+            )
 
 
 def _from_task(failure: TaskFailed) -> errors.SyncError:

@@ -9,9 +9,9 @@ from wavecast.runtime.plan.chunks import MIN_CHUNK_BYTES, choose_chunk_bytes, cu
 from wavecast.runtime.plan.collector import paused_collector
 from wavecast.runtime.plan.reshard import ReshardPlan
 from wavecast.runtime.plan.route import Route
-from wavecast.scheduler.task import Task
+from wavecast.scheduler import FanOut, LinkCost, PortModel, Task, fan_out
 
-__all__ = ("build_tasks", "task_routes", "relabel", "group_routes")
+__all__ = ("build_tasks", "spread_tasks", "task_routes", "relabel", "group_routes")
 
 _Members = tuple[int, tuple[int, ...]]
 
@@ -55,6 +55,22 @@ def _build(plan: ReshardPlan, chunk_bytes: int | None, min_chunk_bytes: int) -> 
         Task(id, (members[0],), members[1], sum(route.nbytes for route in payload), payload=payload)
         for id, (_, _, members, payload) in enumerate(chunks)
     )
+
+
+def spread_tasks(
+    tasks: Iterable[Task], *, method: FanOut = "auto", ports: PortModel = "half", cost: LinkCost | None = None
+) -> tuple[Task, ...]:
+    """
+    Return ``tasks`` as they reach their receivers: broadcasts as they are, or relays hop by hop.
+
+    A hop (:func:`~wavecast.scheduler.fan_out`) carries the routes of the broadcast it was part of, from the actor that
+    sends it to the one that gets it. Tasks without a hop stay the same objects.
+
+    :param tasks: what :func:`build_tasks` made
+    :param method: how; ``"auto"`` relays where that takes fewer seconds by ``cost``
+    :param cost: of a link; without ``branching`` a broadcast is never slower, and stays
+    """
+    return tuple(map(relabel, fan_out(tasks, method=method, ports=ports, cost=cost)))
 
 
 def group_routes(routes: Iterable[Route]) -> dict[tuple[int, tuple[int, ...]], tuple[Route, ...]]:

@@ -27,12 +27,22 @@ class Memory:
         self.shards = tuple(shards)
         self.device = _common_device(self.shards)
         self.signature = _signature(self.shards)
+        # What was received: a cut may be passed on, and another shard of the same name may not have been written.
+        self._written: dict[Cut, torch.Tensor] = {}
         self._by_name: dict[str, list[Shard]] = {}
         for shard in self.shards:
             self._by_name.setdefault(shard.name, []).append(shard)
 
     def source(self, cut: Cut) -> torch.Tensor:
-        """Return what holds ``cut``, from the first shard that has all of it; a computed one works it out now."""
+        """
+        Return what holds ``cut``: the view it was received into last, if it was.
+
+        Otherwise of the first shard that has all of it; a computed one works it out now.
+        """
+        written = self._written.get(cut)
+        if written is not None:
+            return written
+
         shard = self._holders(cut)[0]
         if isinstance(shard.view, Computed):
             start = tuple(a - b for a, b in zip(cut.offset, shard.offset, strict=True))
@@ -51,6 +61,7 @@ class Memory:
         if not views:
             raise LayoutError(f"no shard of {cut.tensor!r} can take dtype {cut.dtype}", tensor=cut.tensor)
 
+        self._written[cut] = views[-1]
         return views
 
     def _holders(self, cut: Cut) -> list[Shard]:

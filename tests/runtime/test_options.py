@@ -21,6 +21,8 @@ IMPOSSIBLE: list[tuple[str, object, str]] = [
     ("chunk_bytes", 20.5, "an integer"),
     ("strategy", "fastest", "auto or one of"),
     ("ports", "both", "half or full"),
+    ("fan_out", "flood", "auto, broadcast, chain or tree"),
+    ("link", 1e9, "a LinkCost"),
     ("lookahead", -1, "None, 0 or more"),
     ("lookahead", 0.5, "an integer"),
     ("in_flight", 0, "at least 1"),

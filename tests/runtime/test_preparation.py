@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 
@@ -11,6 +12,7 @@ from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece, Place
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Preparation, choose_transport, prepare, select_names
+from wavecast.scheduler import LinkCost
 
 
 def rows(tensor: str, size: int, parts: int, part: int) -> Piece:
@@ -48,6 +50,37 @@ def test_replicas_are_reached_by_one_broadcast_among_sorted_members() -> None:
     ready = made(side(2, "w"), [*side(1, "w"), *side(1, "w"), *side(1, "w")])
     assert sorted(ready.groups) == [(0, 2, 3, 4), (1, 2, 3, 4)]
     assert ready.edges == ()
+
+
+@pytest.mark.parametrize("method", ["chain", "tree"])
+def test_replicas_are_reached_hop_by_hop_when_asked_for(method: Literal["chain", "tree"]) -> None:
+    """Six chunks of two rows to three replicas: eighteen hops between two actors each, and no group."""
+    sources, destinations = side(1, "w"), [*side(1, "w"), *side(1, "w"), *side(1, "w")]
+    ready = made(sources, destinations, options=SyncOptions(chunk_bytes=512, fan_out=method))
+    assert ready.groups == ()
+    assert len(ready.schedule.tasks) == 18
+    assert [
+        len([step for step in program.steps if step.receivers == (program.actor,)]) for program in ready.programs
+    ] == [0, 6, 6, 6]
+    assert any(sender > 0 for sender, _ in ready.edges)
+
+
+def test_a_relay_is_chosen_by_cost_and_shows_in_the_digest() -> None:
+    sources, destinations = side(1, "w"), [*side(1, "w"), *side(1, "w"), *side(1, "w")]
+    copied = LinkCost(alpha_seconds=0.0, branching=1.0)
+    options = [
+        SyncOptions(chunk_bytes=512),
+        SyncOptions(chunk_bytes=512, fan_out="broadcast", link=copied),
+        SyncOptions(chunk_bytes=512, link=copied),
+        SyncOptions(chunk_bytes=512, fan_out="chain"),
+        SyncOptions(chunk_bytes=512, fan_out="tree", ports="full"),
+    ]
+    found = [made(sources, destinations, options=each) for each in options]
+    assert [bool(ready.groups) for ready in found] == [True, True, False, False, False]
+    digests = [ready.digest for ready in found]
+    assert digests[0] == digests[1]
+    assert digests[2] == digests[3]
+    assert len(set(digests)) == 3
 
 
 def test_edges_and_groups_come_in_the_order_of_the_schedule_each_once() -> None:
