@@ -162,6 +162,7 @@ def _random(rows: Sequence[Row]) -> str:
         "worst_over_possible",
         "median_gap",
         "share_within_5_percent",
+        "share_within_5_percent_of_possible",
         "worst_waves_over_bound",
         "pieces_per_task",
         "most_seconds",
@@ -174,8 +175,8 @@ def _random(rows: Sequence[Row]) -> str:
 
 
 def _relay(rows: Sequence[Row]) -> str:
-    chunks = sorted({int(str(row["chunks"])) for row in rows})
-    receivers = sorted({int(str(row["receivers"])) for row in rows})
+    chunks, receivers = (1, 4, 16, 64), (1, 3, 7, 8, 15, 31, 32, 63, 64, 100, 128)
+    more = [int(str(row["rounds"])) - int(str(row["bound"])) for row in rows]
     found = {(row["receivers"], row["chunks"]): row for row in rows}
     table = _table(
         ("rounds (lower bound) to receivers", *(f"{count} chunks" for count in chunks)),
@@ -184,7 +185,11 @@ def _relay(rows: Sequence[Row]) -> str:
             for count in receivers
         ],
     )
-    return f"### Relays\n\n{table}"
+    counts = (
+        f"Of {len(rows):,} pairs of receivers and chunks, {more.count(0):,} take as few rounds as the lower bound, "
+        f"{more.count(1):,} one more, and {len(more) - more.count(0) - more.count(1):,} take more."
+    )
+    return f"### Relays\n\n{table}\n\n{counts}"
 
 
 def _scale(rows: Sequence[Row]) -> str:
@@ -198,4 +203,12 @@ def _scale(rows: Sequence[Row]) -> str:
             for kind, strategy in kinds
         ],
     )
-    return f"### Scale\n\n{table}"
+    memory = _table(
+        ("peak bytes a task, beyond the tasks themselves", *(f"{count:,} tasks" for count in counts)),
+        [
+            (f"{kind}: {strategy}", *(found[kind, strategy, count]["peak_nbytes_a_task"] for count in counts))
+            for kind, strategy in kinds
+            if found[kind, strategy, counts[0]]["peak_nbytes_a_task"] is not None
+        ],
+    )
+    return f"### Scale\n\n{table}\n\n{memory}"

@@ -190,7 +190,12 @@ class _Search:
             self._keep(_pieces(self._tasks, self._graph, rounds, self._unit, self._ports, "leveled"))
 
         if not self._met:
-            relaxed = relax(self._graph, unit=self._unit)
+            relaxed = relax(
+                self._graph,
+                unit=self._unit,
+                bound_enough=self.best.schedule.makespan_bytes / self._max_gap,
+                sum_enough=self._goal,
+            )
             if relaxed.rounds and self.best.schedule.makespan_bytes > self._max_gap * relaxed.bound:
                 self._keep(_pieces(self._tasks, self._graph, relaxed.rounds, self._unit, self._ports, "relaxed"))
 
