@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ray
 from common import environment
@@ -106,7 +106,7 @@ WAYS: dict[str, Drive] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the cost of driving a schedule.")
-    parser.add_argument("--actors", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--actors", type=int, nargs="*", default=[8, 32, 64], help="none: the part skewed alone")
     parser.add_argument("--waves", type=int, default=20, help="waves of pairs that take in all actors")
     parser.add_argument("--repeat", type=int, default=7, help="drives of each way; medians are reported")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -221,8 +221,14 @@ def measure_skewed(*, repeat: int) -> list[dict[str, object]]:
     ]
     rng = random.Random(5)
     chained = [
-        replace(task, after=(rng.randrange(max(0, task.id - 16), task.id),) if task.id and rng.random() < 0.7 else ())
-        for task in tasks
+        Task(
+            id,
+            (rng.randrange(half),),
+            (half + rng.randrange(half),),
+            rng.choice((2, 2, 2, 4, 8, 40)),
+            after=(rng.randrange(max(0, id - 16), id),) if id and rng.random() < 0.7 else (),
+        )
+        for id in range(60)
     ]
     actors = [Actor.remote() for _ in range(2 * half)]
     ray.get([actor.nothing.remote() for actor in actors])
@@ -270,6 +276,9 @@ def table(report: dict[str, list[dict[str, object]]]) -> str:
     parts: list[str] = []
     for name in ("driving", "skewed"):
         rows = report[name]
+        if not rows:
+            continue
+
         lines = [list(rows[0])] + [["---"] * len(rows[0])] + [[str(value) for value in row.values()] for row in rows]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
 

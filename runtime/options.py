@@ -39,6 +39,8 @@ class SyncOptions:
         after each wave
     :ivar in_flight: tasks an actor may have been given at a time; it works them off in wave order
     :ivar deadline_seconds: when a sync is given none of its own
+    :ivar task_allowance: a task may take so many times what ``link`` says, for each of ``in_flight``, but a second at
+        least; then the sync fails without waiting for its deadline. ``None``: a task may take as long as the sync
     :ivar checksum: sum up what is sent and what was written, and compare
     :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
     :ivar allow_missing: destination tensors that may stay as they are when no source has them
@@ -55,6 +57,7 @@ class SyncOptions:
     lookahead: int | None = None
     in_flight: int = 2
     deadline_seconds: float = 300.0
+    task_allowance: float | None = None
     checksum: bool = True
     frequency: int = 1
     allow_missing: Collection[str] = ()
@@ -89,6 +92,12 @@ class SyncOptions:
             "deadline_seconds",
             self.deadline_seconds,
             f"positive and at most {_MOST_SECONDS:.0f}",
+        )
+        _require(
+            self.task_allowance is None or 1 <= self.task_allowance <= _MOST_SECONDS,
+            "task_allowance",
+            self.task_allowance,
+            f"None, or 1 to {_MOST_SECONDS:.0f}",
         )
         _require(self.frequency >= 0, "frequency", self.frequency, "0 or more")
 

@@ -33,7 +33,7 @@ from wavecast.runtime.transfer.messages import (
     RunStep,
     StepDone,
 )
-from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, run
+from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, TaskTimeout, run
 
 __all__ = ("Progress", "SyncRequest", "Known", "SyncRun")
 
@@ -228,6 +228,11 @@ class SyncRun:
         # The run has the same deadline and can say more of it: it goes first.
         self.scope.deadline += _PRECEDENCE_SECONDS
         options = self._options
+        allowed = None
+        if options.task_allowance is not None:
+            # A task may have to wait at an actor for those it was given before.
+            allowed = options.link.allow(factor=options.task_allowance * options.in_flight)
+
         try:
             return await run(
                 preparation.schedule,
@@ -238,7 +243,15 @@ class SyncRun:
                 in_flight=options.in_flight,
                 abort_seconds=_ABORT_SECONDS + _PRECEDENCE_SECONDS,
                 on_receipt=self.request.progress,
+                task_seconds=allowed,
             )
+        except TaskTimeout as timeout:
+            raise errors.SyncTimeout(
+                f"task {timeout.task.id} of {timeout.task.nbytes} bytes took longer than it is allowed",
+                phase=self.watch.phase,
+                actors=self._owing or timeout.task.members,
+                task=timeout.task.id,
+            ) from timeout
         except TaskFailed as failure:
             raise _from_task(failure) from failure
         except RunTimeout as timeout:

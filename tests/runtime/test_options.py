@@ -31,6 +31,8 @@ IMPOSSIBLE: list[tuple[str, object, str]] = [
     ("deadline_seconds", -1.0, "positive"),
     ("deadline_seconds", math.nan, "positive"),
     ("deadline_seconds", math.inf, "at most 30000000"),
+    ("task_allowance", 0.5, "None, or 1 to"),
+    ("task_allowance", math.nan, "None, or 1 to"),
     ("frequency", -1, "0 or more"),
     ("frequency", None, "an integer"),
     ("allow_missing", "lm_head.weight", "a collection of names"),
