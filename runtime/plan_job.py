@@ -53,7 +53,7 @@ def make_plan(
     described = time.perf_counter()
     plan = plan_reshard(sides.sources, sides.destinations)
     resharded = time.perf_counter()
-    tasks = spread_tasks(build_tasks(plan, chunk_bytes=chunk_bytes), method=fan_out, ports=ports)
+    tasks = spread_tasks(build_tasks(plan, chunk_bytes=chunk_bytes), method=fan_out)
     schedule = plan_waves(tasks, strategy=strategy, ports=ports)
     verify(schedule, tasks)
     scheduled = time.perf_counter()

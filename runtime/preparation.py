@@ -27,6 +27,8 @@ class Preparation:
     """
     A plan made ready to run.
 
+    :ivar driven: the schedule with the order in which calls reach the actors: an actor works its program step by step,
+        sends and receives alike, so that this is the order of half duplex whatever the waves keep to
     :ivar digest: of plan and schedule; all actors' programs carry it
     :ivar programs: one an actor, and ``packed`` the same ready to be sent
     :ivar step_of: by actor, then by task id: the task's position in that actor's program
@@ -38,6 +40,7 @@ class Preparation:
 
     plan: ReshardPlan
     schedule: Schedule
+    driven: Schedule
     digest: str
     programs: tuple[Program, ...]
     packed: tuple[PackedProgram, ...]
@@ -65,9 +68,12 @@ def prepare(
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
     resharded = time.perf_counter()
     tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes)
-    tasks = spread_tasks(tasks, method=options.fan_out, ports=options.ports, cost=options.link)
+    tasks = spread_tasks(tasks, method=options.fan_out, cost=options.link)
     schedule = plan_waves(tasks, strategy=options.strategy, ports=options.ports)
     verify(schedule, tasks)
+    driven = replace(schedule, ports="half")
+    # What the run needs to know of it is worked out here, off the event loop.
+    _ = driven.order
     # What an actor does with a task depends on these two options as well, and all must agree on it.
     digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}"
     programs = compile_programs(
@@ -84,6 +90,7 @@ def prepare(
     return Preparation(
         plan=plan,
         schedule=schedule,
+        driven=driven,
         digest=digest,
         programs=programs,
         packed=pack_programs(programs),

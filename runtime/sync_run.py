@@ -235,7 +235,7 @@ class SyncRun:
 
         try:
             return await run(
-                preparation.schedule,
+                preparation.driven,
                 dispatch,
                 lookahead=options.lookahead,
                 deadline=self._seconds_left,

@@ -9,7 +9,7 @@ from wavecast.runtime.plan.chunks import MIN_CHUNK_BYTES, choose_chunk_bytes, cu
 from wavecast.runtime.plan.collector import paused_collector
 from wavecast.runtime.plan.reshard import ReshardPlan
 from wavecast.runtime.plan.route import Route
-from wavecast.scheduler import FanOut, LinkCost, PortModel, Task, fan_out
+from wavecast.scheduler import FanOut, LinkCost, Task, fan_out
 
 __all__ = ("build_tasks", "spread_tasks", "task_routes", "relabel", "group_routes")
 
@@ -57,9 +57,7 @@ def _build(plan: ReshardPlan, chunk_bytes: int | None, min_chunk_bytes: int) -> 
     )
 
 
-def spread_tasks(
-    tasks: Iterable[Task], *, method: FanOut = "auto", ports: PortModel = "half", cost: LinkCost | None = None
-) -> tuple[Task, ...]:
+def spread_tasks(tasks: Iterable[Task], *, method: FanOut = "auto", cost: LinkCost | None = None) -> tuple[Task, ...]:
     """
     Return ``tasks`` as they reach their receivers: broadcasts as they are, or relays hop by hop.
 
@@ -70,7 +68,8 @@ def spread_tasks(
     :param method: how; ``"auto"`` relays where that takes fewer seconds by ``cost``
     :param cost: of a link; without ``branching`` a broadcast is never slower, and stays
     """
-    return tuple(map(relabel, fan_out(tasks, method=method, ports=ports, cost=cost)))
+    # Whatever the waves are planned for, an actor works one task at a time: a relay's rounds are those of half duplex.
+    return tuple(map(relabel, fan_out(tasks, method=method, ports="half", cost=cost)))
 
 
 def group_routes(routes: Iterable[Route]) -> dict[tuple[int, tuple[int, ...]], tuple[Route, ...]]:
