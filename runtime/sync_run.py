@@ -35,7 +35,7 @@ from wavecast.runtime.transfer.messages import (
 )
 from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, TaskTimeout, run
 
-__all__ = ("Progress", "SyncRequest", "Known", "SyncRun")
+__all__ = ("Progress", "SyncRequest", "Known", "SyncRun", "compare_checksums")
 
 #: After the deadline: to end what is running on the actors.
 _ABORT_SECONDS = 0.7
@@ -264,7 +264,7 @@ class SyncRun:
         }
         finished = await self._actors.ask_all(requests, Finished)
         if self._options.checksum:
-            _compare_checksums(finished, preparation)
+            compare_checksums(finished, preparation)
 
         return finished
 
@@ -343,7 +343,7 @@ class SyncRun:
         )
 
 
-def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
+def compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
     """
     Compare what each receiver found in its memory with what the sender sent, and what is passed on with what came.
 
