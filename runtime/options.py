@@ -11,7 +11,7 @@ from wavecast.scheduler import STRATEGIES, FanOut, LinkCost
 
 __all__ = ("SyncOptions", "Transport")
 
-Transport = Literal["auto", "nccl", "gloo"]
+Transport = Literal["auto", "nccl", "ipc", "gloo"]
 
 _ALIGNMENT = 16
 _LEAST_BUDGET = 64 << 10
@@ -25,7 +25,8 @@ class SyncOptions:
     """
     How a group syncs.
 
-    :ivar transport: ``"nccl"``, ``"gloo"``, or ``"auto"``: NCCL where every actor has a GPU of its own, else gloo
+    :ivar transport: ``"auto"``: receivers pull from senders on their node through CUDA IPC, the rest goes over NCCL
+        where every actor has a GPU of its own, over gloo where not; or ``"nccl"``, ``"ipc"``, ``"gloo"`` alone
     :ivar budget_bytes: extra memory an actor may hold for staging; two buckets of half of it take turns.
         Communicators are counted and reported apart
     :ivar chunk_bytes: the most bytes of a task; ``None`` chooses by the busiest actor's bytes
@@ -41,6 +42,7 @@ class SyncOptions:
     :ivar deadline_seconds: when a sync is given none of its own
     :ivar task_allowance: a task may take so many times what ``link`` says, for each of ``in_flight``, but a second at
         least; then the sync fails without waiting for its deadline. ``None``: a task may take as long as the sync
+    :ivar release_communicators: give the communicators' memory back after each sync; the next one makes them anew
     :ivar checksum: sum up what is sent and what was written, and compare
     :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
     :ivar allow_missing: destination tensors that may stay as they are when no source has them
@@ -58,6 +60,7 @@ class SyncOptions:
     in_flight: int = 2
     deadline_seconds: float = 300.0
     task_allowance: float | None = None
+    release_communicators: bool = False
     checksum: bool = True
     frequency: int = 1
     allow_missing: Collection[str] = ()
@@ -71,7 +74,7 @@ class SyncOptions:
             optional = name in ("chunk_bytes", "lookahead")
             _require(isinstance(value, int) or (optional and value is None), name, value, "an integer")
 
-        _require(self.transport in ("auto", "nccl", "gloo"), "transport", self.transport, "auto, nccl or gloo")
+        _require(self.transport in get_args(Transport), "transport", self.transport, "auto, nccl, ipc or gloo")
         _require(self.budget_bytes >= _LEAST_BUDGET, "budget_bytes", self.budget_bytes, f"at least {_LEAST_BUDGET}")
         _require(
             self.chunk_bytes is None or self.chunk_bytes >= _ALIGNMENT, "chunk_bytes", self.chunk_bytes, "16 or more"

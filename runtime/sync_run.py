@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import anyio
 import anyio.to_thread
 
 from wavecast.runtime import errors
+from wavecast.runtime.carriers import Ability, choose_carriers
 from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.connection import Connection
 from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.preparation import Only, Preparation, choose_transport, prepare, select_names
+from wavecast.runtime.preparation import Only, Preparation, prepare, select_names
 from wavecast.runtime.report import PhaseSeconds, SyncReport
 from wavecast.runtime.stopwatch import Stopwatch
 from wavecast.runtime.transfer.messages import (
@@ -26,7 +27,6 @@ from wavecast.runtime.transfer.messages import (
     Described,
     Done,
     Excerpt,
-    Finish,
     Finished,
     Probe,
     RunId,
@@ -66,6 +66,7 @@ class Known:
 
     :ivar layouts: by digest
     :ivar prepared: the last preparation, with what it was made for
+    :ivar refused: pairs of sender and receiver of which the receiver could not map the sender's memory
     """
 
     def __init__(self, actors: RayActors, sources: int) -> None:
@@ -74,6 +75,7 @@ class Known:
         self.connection = Connection(actors)
         self.layouts: dict[str, Layout] = {}
         self.prepared: tuple[tuple[object, ...], Preparation] | None = None
+        self.refused: frozenset[tuple[int, int]] = frozenset()
 
 
 class SyncRun:
@@ -100,6 +102,7 @@ class SyncRun:
         self._ends = time.monotonic() + request.deadline
         self._owing: tuple[int, ...] = ()
         self._aborted = False
+        self._finished: dict[int, Finished] = {}
 
     async def run(self) -> SyncReport:
         """
@@ -111,38 +114,26 @@ class SyncRun:
         with watch.measure("describe"):
             began = await self._begin()
 
-        with watch.measure("plan"):
-            preparation, planned = await self._prepare(began, request.only)
-
-        places = [reply.place for reply in began]
-        transport = choose_transport(self._options.transport, places)
-        with watch.measure("connect"):
-            connected = await self._connection.ensure(
-                preparation, transport, run=self._name, seconds=self._seconds_left
-            )
-
+        preparation, planned, connected = await self._make_ready(began)
         outcome = RunReport(0.0, ())
-        finished: dict[int, Finished] = {}
         if not request.dry_run:
             with watch.measure("transfer"):
                 outcome = await self._transfer(preparation)
 
             with watch.measure("verify"):
-                finished = await self._finish(preparation)
+                if self._options.checksum:
+                    compare_checksums(self._finished, preparation)
+
                 if request.validate:
                     await self._validate(preparation)
 
         with watch.measure("commit"):
+            if self._options.release_communicators and self._connection.transport:
+                await self._connection.release(self._name)
+
             await self._commit()
 
-        return self._report(
-            preparation,
-            outcome,
-            finished.values(),
-            planned=planned,
-            connected=connected,
-            device=places[-1].device,
-        )
+        return self._report(preparation, outcome, planned=planned, connected=connected, device=began[-1].place.device)
 
     async def abort(self, reason: str) -> None:
         """End what is left of the sync on all actors, once, within the grace time."""
@@ -165,6 +156,29 @@ class SyncRun:
             task=unfinished[0].id if unfinished else None,
         )
 
+    async def _make_ready(self, began: list[Began]) -> tuple[Preparation, bool, bool]:
+        """Plan and connect; where a receiver cannot map a sender's memory, once more without."""
+        while True:
+            with self.watch.measure("plan"):
+                preparation, planned = await self._prepare(began, self.request.only)
+
+            try:
+                with self.watch.measure("connect"):
+                    connected = await self._connection.ensure(
+                        preparation,
+                        [reply.addresses for reply in began],
+                        run=self._name,
+                        seconds=lambda: self._seconds_left,
+                    )
+            except errors.TransportUnavailable as error:
+                refused = {pair for pair in preparation.pulls if pair[1] in error.actors}
+                if self._options.transport != "auto" or not refused:
+                    raise
+
+                self._known.refused |= refused
+            else:
+                return preparation, planned, connected
+
     @property
     def _seconds_left(self) -> float:
         return max(self._ends - time.monotonic(), 0.001)
@@ -172,7 +186,12 @@ class SyncRun:
     async def _begin(self) -> list[Began]:
         """Let all actors read their shards, and fetch each layout that is not known yet from one of its holders."""
         requests = {
-            actor: Begin(self._name, actor, scan=self.request.validate and actor < self._sources)
+            actor: Begin(
+                self._name,
+                actor,
+                scan=self.request.validate and actor < self._sources,
+                seconds=self._seconds_left,
+            )
             for actor in range(len(self._actors))
         }
         replies = await self._actors.ask_all(requests, Began)
@@ -199,13 +218,15 @@ class SyncRun:
         layouts = [replace(self._known.layouts[reply.digest], place=reply.place) for reply in began]
         sources, destinations = layouts[: self._sources], layouts[self._sources :]
         names = select_names(sources, destinations, only)
-        key = (tuple((reply.digest, reply.place) for reply in began), names)
+        abilities = [Ability(reply.place, reply.unshared, reply.kernels) for reply in began]
+        carriers = choose_carriers(self._options.transport, abilities, refused=self._known.refused)
+        key = (tuple((reply.digest, reply.place) for reply in began), carriers, names)
         if self._known.prepared is not None and self._known.prepared[0] == key:
             return self._known.prepared[1], False
 
         # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on.
         preparation = await anyio.to_thread.run_sync(
-            prepare, sources, destinations, self._options, names, abandon_on_cancel=True
+            prepare, sources, destinations, self._options, names, carriers, abandon_on_cancel=True
         )
         self._known.prepared = (key, preparation)
         return preparation, True
@@ -220,7 +241,12 @@ class SyncRun:
                 )
                 for member in task.members
             ]
-            return await self._actors.answers(refs, StepDone)
+            replies = await self._actors.answers(refs, StepDone)
+            for member, reply in zip(task.members, replies, strict=True):
+                if reply.finished is not None:
+                    self._finished[member] = reply.finished
+
+            return replies
 
         async def abort(tasks: tuple[Task, ...]) -> None:
             await self.abort(f"task {tasks[0].id} was given up" if tasks else "the run was given up")
@@ -257,17 +283,6 @@ class SyncRun:
         except RunTimeout as timeout:
             raise self.timeout(timeout.unfinished) from timeout
 
-    async def _finish(self, preparation: Preparation) -> dict[int, Finished]:
-        """Wait until all that was written is in place, and compare the sums of both ends."""
-        requests = {
-            program.actor: Finish(self._name, self._seconds_left) for program in preparation.programs if program.steps
-        }
-        finished = await self._actors.ask_all(requests, Finished)
-        if self._options.checksum:
-            compare_checksums(finished, preparation)
-
-        return finished
-
     async def _validate(self, preparation: Preparation) -> None:
         """Compare, task by task, what receivers hold with what the sender holds, over Ray's object store."""
         for wave in preparation.schedule.waves:
@@ -275,9 +290,7 @@ class SyncRun:
                 sender = task.senders[0]
                 excerpt = self._actors.start(sender, Probe(self._name, preparation.step_of[sender][task.id]))
                 refs = [
-                    self._actors.start(
-                        receiver, Compare(self._name, preparation.step_of[receiver][task.id]), attachment=excerpt
-                    )
+                    self._actors.start(receiver, Compare(self._name, preparation.step_of[receiver][task.id]), excerpt)
                     for receiver in task.receivers
                 ]
                 replies = await self._actors.answers(refs, Done)
@@ -298,7 +311,6 @@ class SyncRun:
         self,
         preparation: Preparation,
         outcome: RunReport,
-        finished: Iterable[Finished],
         *,
         planned: bool,
         connected: bool,
@@ -321,10 +333,13 @@ class SyncRun:
             gap=schedule.gap,
             strategy=schedule.strategy,
             ports=schedule.ports,
-            transport=self._connection.transport,
+            transport=_describe_transport(preparation),
+            pulled_nbytes=preparation.pulled_nbytes,
+            transport_reasons=preparation.carriers.reasons,
             device="cpu" if device == "cpu" else "cuda",
-            staging_bytes=max((reply.staging_bytes for reply in finished), default=0),
+            staging_bytes=max((reply.staging_bytes for reply in self._finished.values()), default=0),
             communicator_bytes=self._connection.communicator_bytes,
+            host_seconds=max((reply.host_seconds for reply in self._finished.values()), default=0.0),
             connected=connected,
             planned=planned,
             seconds=PhaseSeconds(
@@ -341,6 +356,15 @@ class SyncRun:
             run=outcome,
             digest=preparation.digest,
         )
+
+
+def _describe_transport(preparation: Preparation) -> str:
+    """Return the ways that this plan's tasks really take."""
+    ways = ["ipc"] if preparation.pulls else []
+    if preparation.groups or preparation.edges:
+        ways += [way for way in [preparation.carriers.moved] if way not in ways]
+
+    return "+".join(ways) or preparation.carriers.moved
 
 
 def compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:

@@ -15,11 +15,13 @@ import torch
 
 from wavecast.runtime import errors
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
-from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTimeout
+from wavecast.runtime.transfer.comm import CommunicatorError, CudaFence, Deadline, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
     Abort,
+    Addresses,
+    Attach,
     Began,
     Begin,
     Close,
@@ -28,10 +30,12 @@ from wavecast.runtime.transfer.messages import (
     Connect,
     Describe,
     Described,
+    Disconnect,
     Done,
     Excerpt,
+    Export,
+    Exported,
     Failure,
-    Finish,
     HostStore,
     Load,
     Probe,
@@ -41,7 +45,9 @@ from wavecast.runtime.transfer.messages import (
     RunStep,
     StoreAddress,
 )
+from wavecast.runtime.transfer.pull import why_not_shared
 from wavecast.runtime.transfer.session import Run, Session
+from wavecast.runtime.transfer.tables import has_kernels
 
 __all__ = ("Agent", "Host")
 
@@ -84,6 +90,10 @@ class Agent:
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._latest = 0
+        self._memory: Memory | None = None
+        self._moves = 0
+        self._place: tuple[torch.device, Place] | None = None
+        self._unshared = ""
         self._layout = Layout(())
         self._signature: tuple[object, ...] | None = None
         self._digest = ""
@@ -94,10 +104,10 @@ class Agent:
     def torn(self) -> bool:
         return self._written_by is not None and self._written_by.wrote
 
-    def serve(self, request: Request, host: Host, attachment: object = None) -> Reply:
+    def serve(self, request: Request, host: Host, *attachments: object) -> Reply:
         """Answer ``request``, blocking. A cancelled call gives up its run and returns within the grace time."""
         try:
-            future = self._start(request, host, attachment)
+            future = self._start(request, host, attachments)
             while not future.done():
                 wait((future,), timeout=_LOOK_SECONDS)
                 if not future.done() and host.cancelled():
@@ -108,10 +118,10 @@ class Agent:
         except Exception as error:
             return self._failed(request, error)
 
-    async def serve_async(self, request: Request, host: Host, attachment: object = None) -> Reply:
+    async def serve_async(self, request: Request, host: Host, *attachments: object) -> Reply:
         """Answer ``request`` on an actor's event loop, without blocking it while bytes move."""
         try:
-            future = self._start(request, host, attachment)
+            future = self._start(request, host, attachments)
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             self._give_up(request, "the driver cancelled the call")
@@ -119,7 +129,7 @@ class Agent:
         except Exception as error:
             return self._failed(request, error)
 
-    def _start(self, request: Request, host: Host, attachment: object) -> Future[Reply]:
+    def _start(self, request: Request, host: Host, attachments: tuple[object, ...]) -> Future[Reply]:
         """Answer what is answered at once; hand the rest to the session's own thread."""
         if isinstance(request, Begin | Close):
             return _answered(self._begin(request, host) if isinstance(request, Begin) else self._close(request))
@@ -132,12 +142,16 @@ class Agent:
                 return session.connect(request, host.address())
             case Load():
                 return session.lane.submit(lambda: self._load(session, request))
-            case Finish():
-                return session.lane.submit(lambda: session.finish(request.run, Deadline(request.seconds)))
+            case Export():
+                return session.lane.submit(lambda: Exported(session.export(request.run)))
+            case Attach():
+                return session.lane.submit(lambda: self._attach(session, request, attachments))
+            case Disconnect():
+                return session.lane.submit(lambda: self._disconnect(session, request))
             case Probe():
                 return session.lane.submit(lambda: self._probe(session, request))
             case Compare():
-                return session.lane.submit(lambda: self._compare(session, request, attachment))
+                return session.lane.submit(lambda: self._compare(session, request, attachments))
             case Describe():
                 session.current(request.run)
                 return _answered(Described.of(self._layout))
@@ -152,7 +166,7 @@ class Agent:
 
     def _failed(self, request: Request, error: Exception) -> Failure:
         """Turn an exception into an answer. A failed transport is dropped: its other members get the same."""
-        if isinstance(request, RunStep | Finish | Connect):
+        if isinstance(request, RunStep | Connect):
             self._give_up(request, f"{type(error).__name__}: {error}")
 
         return _failure(error)
@@ -175,14 +189,8 @@ class Agent:
     # What is answered at once.
 
     def _begin(self, request: Begin, host: Host) -> Began:
-        shards = _listed(self._shards())
-        for shard in shards:
-            if not isinstance(shard, Shard):
-                raise errors.LayoutError(
-                    f"transfer_shards() must return Shard values, got {type(shard).__name__}", actors=(request.actor,)
-                )
-
-        memory = Memory(shards)
+        memory = self._read_shards(request.actor)
+        shards = memory.shards
         nan = count_nan(shards) if request.scan else ()
         with self._lock:
             if request.run.serial < self._latest:
@@ -192,6 +200,11 @@ class Agent:
             for session in self._sessions.values():
                 if session.run is not None and session.run.name != request.run:
                     session.give_up(session.run.name, "another sync, of this group or of another, began on this actor")
+
+            if memory is not self._memory:
+                self._memory = memory
+                self._moves += 1
+                self._unshared = why_not_shared(memory) if memory.device.type == "cuda" else "it is host memory"
 
             if memory.signature != self._signature:
                 self._signature = memory.signature
@@ -209,8 +222,42 @@ class Agent:
 
             own.run = run
 
-        place = Place(host.node(), _device_name(memory.device))
-        return Began(digest=self._digest, place=place, nan=nan, version=self.version, torn=was_torn)
+        if run.ready is not None:
+            # Others may read this memory as soon as this is answered.
+            CudaFence(run.ready, lambda: bool(run.given_up)).wait(Deadline(request.seconds))
+
+        place = self._locate(host, memory.device)
+        return Began(
+            digest=self._digest,
+            place=place,
+            nan=nan,
+            version=self.version,
+            torn=was_torn,
+            addresses=self._moves,
+            unshared=self._unshared,
+            kernels=memory.device.type == "cuda" and has_kernels(),
+        )
+
+    def _locate(self, host: Host, device: torch.device) -> Place:
+        """Return where the shards are; an actor never leaves its node, so only its device may change."""
+        if self._place is None or self._place[0] != device:
+            self._place = (device, Place(host.node(), _device_name(device)))
+
+        return self._place[1]
+
+    def _read_shards(self, actor: int) -> Memory:
+        """Ask the user's hook; what it returned the last time is taken as it was where it has not changed."""
+        shards = _listed(self._shards())
+        if self._memory is not None and self._memory.holds_still(shards):
+            return self._memory
+
+        for shard in shards:
+            if not isinstance(shard, Shard):
+                raise errors.LayoutError(
+                    f"transfer_shards() must return Shard values, got {type(shard).__name__}", actors=(actor,)
+                )
+
+        return Memory(shards)
 
     def _commit(self, session: Session, request: Commit) -> Done:
         with self._lock:
@@ -243,8 +290,28 @@ class Agent:
         run = session.current(request.run)
         return Excerpt(read_step(session.buckets_of(request.step), run.memory))
 
-    def _compare(self, session: Session, request: Compare, attachment: object) -> Reply:
+    def _attach(self, session: Session, request: Attach, attachments: tuple[object, ...]) -> Reply:
+        found: dict[int, Addresses] = {}
+        for sender, attachment in zip(request.senders, attachments, strict=True):
+            if isinstance(attachment, Failure):
+                return attachment
+
+            if not isinstance(attachment, Exported):
+                raise TypeError(f"expected a sender's addresses, got {type(attachment).__name__}")
+
+            found[sender] = attachment.addresses
+
+        session.attach(request.run, found)
+        return Done()
+
+    def _disconnect(self, session: Session, request: Disconnect) -> Done:
+        session.current(request.run)
+        session.disconnect()
+        return Done()
+
+    def _compare(self, session: Session, request: Compare, attachments: tuple[object, ...]) -> Reply:
         run = session.current(request.run)
+        (attachment,) = attachments
         if isinstance(attachment, Failure):
             return attachment
 
@@ -291,7 +358,7 @@ def _digest(layout: Layout) -> str:
     for piece in layout.pieces:
         summary.update(repr(piece).encode())
 
-    summary.update(repr(layout.frozen).encode())
+    summary.update(repr((layout.frozen, layout.computed)).encode())
     return summary.hexdigest()
 
 

@@ -10,6 +10,8 @@ from wavecast.runtime.layout.shard import Layout, Place
 from wavecast.runtime.transfer.program import PackedProgram
 
 __all__ = (
+    "encode",
+    "decode",
     "RunId",
     "Request",
     "Begin",
@@ -18,7 +20,9 @@ __all__ = (
     "Connect",
     "Load",
     "RunStep",
-    "Finish",
+    "Export",
+    "Attach",
+    "Disconnect",
     "Probe",
     "Compare",
     "Commit",
@@ -26,15 +30,27 @@ __all__ = (
     "Close",
     "Reply",
     "Began",
+    "Addresses",
     "Described",
     "StoreAddress",
     "Connected",
+    "Exported",
     "StepDone",
     "Finished",
     "Excerpt",
     "Done",
     "Failure",
 )
+
+
+def encode(value: object) -> bytes:
+    """Return a message as bytes: the host's channel carries those at least cost."""
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode(data: bytes) -> object:
+    """Return the message. Only for bytes that came over the host's own channel: they are unpickled."""
+    return pickle.loads(data)
 
 
 #: Pieces a part: a few milliseconds to unpickle.
@@ -61,11 +77,13 @@ class Begin:
     :ivar run: names the run; every later request of it carries it
     :ivar actor: the actor's number
     :ivar scan: count NaN elements in the shards
+    :ivar seconds: how long the device work that the actor has queued may take until its weights are at rest
     """
 
     run: RunId
     actor: int
     scan: bool = False
+    seconds: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +151,29 @@ class RunStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
-    """Asks an actor to wait until all it wrote is in place, and for the sums of its steps."""
+class Export:
+    """Asks a sender where the cuts lie that others pull from it."""
 
     run: RunId
-    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """
+    Tells a receiver where its senders' cuts lie; what they answered to :class:`Export` is attached, in order.
+
+    :ivar senders: the actors whose addresses are new
+    """
+
+    run: RunId
+    senders: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Asks an actor to give back its communicators and staging memory until they are needed again."""
+
+    run: RunId
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +219,22 @@ class Close:
     group: str
 
 
-Request = Begin | Describe | HostStore | Connect | Load | RunStep | Finish | Probe | Compare | Commit | Abort | Close
+Request = (
+    Begin
+    | Describe
+    | HostStore
+    | Connect
+    | Load
+    | Export
+    | Attach
+    | Disconnect
+    | RunStep
+    | Probe
+    | Compare
+    | Commit
+    | Abort
+    | Close
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +245,9 @@ class Began:
     :ivar nan: names of tensors with NaN elements and how many, when scanned
     :ivar version: last committed version, ``None`` before the first
     :ivar torn: a run began to write and never committed
+    :ivar addresses: changes when shards have moved in memory
+    :ivar unshared: why other processes of the node could not map the shards' memory; empty when they can
+    :ivar kernels: the actor can run the fused kernels
     """
 
     digest: str
@@ -201,6 +255,22 @@ class Began:
     nan: tuple[tuple[str, int], ...]
     version: int | None
     torn: bool
+    addresses: int = 0
+    unshared: str = "not asked"
+    kernels: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """
+    Where a sender's cuts lie, for other processes of its node.
+
+    :ivar handles: of its allocations
+    :ivar steps: by task id: for each cut the number of its handle, its offset there and its strides, as int64 bytes
+    """
+
+    handles: tuple[bytes, ...]
+    steps: dict[int, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +280,12 @@ class Described:
 
     :ivar parts: pickled tuples of pieces, in order: unpickling a large layout at once would hold up the driver's loop
     :ivar frozen: as :attr:`Layout.frozen`
+    :ivar computed: as :attr:`Layout.computed`
     """
 
     parts: tuple[bytes, ...]
     frozen: tuple[str, ...]
+    computed: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, layout: Layout) -> Described:
@@ -225,11 +297,13 @@ class Described:
                 for start in range(0, len(pieces), _PART_PIECES)
             ),
             layout.frozen,
+            layout.computed,
         )
 
     def layout(self) -> Layout:
         """Return what it says."""
-        return Layout(tuple(piece for part in self.parts for piece in pickle.loads(part)), frozen=self.frozen)
+        pieces = tuple(piece for part in self.parts for piece in pickle.loads(part))
+        return Layout(pieces, frozen=self.frozen, computed=self.computed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,14 +323,21 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
+class Exported:
+    """:ivar addresses: where the cuts lie that others pull from the actor"""
+
+    addresses: Addresses
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone:
     """
     The step's bytes have left, or arrived.
 
-    :ivar seconds: from the step's start on this actor
+    :ivar finished: with the last step of the actor's program, once everything is in place
     """
 
-    seconds: float
+    finished: Finished | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,10 +346,12 @@ class Finished:
     :ivar checksums: for each step of the program, of the bytes sent, or of those found in the destination's memory
         afterwards; empty when checksums are off
     :ivar staging_bytes: extra memory held for staging
+    :ivar host_seconds: what the actor's own threads spent on the steps, waits left out
     """
 
     checksums: tuple[int, ...]
     staging_bytes: int
+    host_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,4 +383,4 @@ class Failure:
     tensor: str = ""
 
 
-Reply = Began | Described | StoreAddress | Connected | StepDone | Finished | Excerpt | Done | Failure
+Reply = Began | Described | StoreAddress | Connected | Exported | StepDone | Excerpt | Done | Failure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from wavecast.runtime import errors
+from wavecast.runtime.carriers import Carriers
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece
 from wavecast.runtime.options import SyncOptions
@@ -16,7 +17,7 @@ from wavecast.runtime.transfer.messages import Finished
 def relay() -> Preparation:
     """One trainer, two engines in a chain, two chunks: four hops."""
     held = Layout((Piece("w", Box((0,), (64,)), (64,), "float32"),))
-    return prepare([held], [held, held], SyncOptions(chunk_bytes=128, fan_out="chain"), None)
+    return prepare([held], [held, held], SyncOptions(chunk_bytes=128, fan_out="chain"), None, Carriers("gloo"))
 
 
 def sums(ready: Preparation, **wrong: int) -> dict[int, Finished]:
