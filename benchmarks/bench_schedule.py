@@ -18,6 +18,7 @@ import json
 import random
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -207,23 +208,27 @@ def possible(tasks: Sequence[Task], ports: PortModel, schedule: Schedule) -> int
     return simple if schedule.makespan_bytes <= 1.05 * simple else max(simple, relax(graph).bound)
 
 
-def measure_relay() -> list[dict[str, object]]:
-    """Count the rounds in which k chunks reach r receivers, for every k up to 64 and every r up to 128."""
+def measure_relay() -> dict[str, object]:
+    """Count the rounds in which k chunks reach r receivers, for every k up to 64 and every r up to 128; keep some."""
     rows: list[dict[str, object]] = []
+    more: Counter[int] = Counter()
     for receivers in range(1, 129):
         for chunks in range(1, 65):
             hops = tree_hops(receivers, chunks)
-            rows.append(
-                {
-                    "receivers": receivers,
-                    "chunks": chunks,
-                    "rounds": hops[-1].round + 1,
-                    "bound": chunks - 1 + receivers.bit_length(),
-                    "sends_one_by_one": receivers * chunks,
-                }
-            )
+            bound = chunks - 1 + receivers.bit_length()
+            more[hops[-1].round + 1 - bound] += 1
+            if receivers in (1, 3, 7, 8, 15, 31, 32, 63, 64, 100, 128) and chunks in (1, 4, 16, 64):
+                rows.append(
+                    {
+                        "receivers": receivers,
+                        "chunks": chunks,
+                        "rounds": hops[-1].round + 1,
+                        "bound": bound,
+                        "sends_one_by_one": receivers * chunks,
+                    }
+                )
 
-    return rows
+    return {"rows": rows, "pairs": more.total(), "pairs_by_rounds_over_bound": dict(sorted(more.items()))}
 
 
 def measure_scale(largest: int) -> list[dict[str, object]]:

@@ -174,9 +174,12 @@ def _random(rows: Sequence[Row]) -> str:
     return f"### Random plans\n\n{table}"
 
 
-def _relay(rows: Sequence[Row]) -> str:
-    chunks, receivers = (1, 4, 16, 64), (1, 3, 7, 8, 15, 31, 32, 63, 64, 100, 128)
-    more = [int(str(row["rounds"])) - int(str(row["bound"])) for row in rows]
+def _relay(report: Mapping[str, object]) -> str:
+    rows, more = report["rows"], report["pairs_by_rounds_over_bound"]
+    assert isinstance(rows, list)
+    assert isinstance(more, dict)
+    chunks = sorted({int(str(row["chunks"])) for row in rows})
+    receivers = sorted({int(str(row["receivers"])) for row in rows})
     found = {(row["receivers"], row["chunks"]): row for row in rows}
     table = _table(
         ("rounds (lower bound) to receivers", *(f"{count} chunks" for count in chunks)),
@@ -186,8 +189,9 @@ def _relay(rows: Sequence[Row]) -> str:
         ],
     )
     counts = (
-        f"Of {len(rows):,} pairs of receivers and chunks, {more.count(0):,} take as few rounds as the lower bound, "
-        f"{more.count(1):,} one more, and {len(more) - more.count(0) - more.count(1):,} take more."
+        f"Of all {report['pairs']:,} pairs of up to 128 receivers and up to 64 chunks, "
+        + ", ".join(f"{count:,} take {over} rounds more than the lower bound" for over, count in more.items())
+        + "."
     )
     return f"### Relays\n\n{table}\n\n{counts}"
 
