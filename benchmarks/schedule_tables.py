@@ -190,7 +190,7 @@ def _relay(report: Mapping[str, object]) -> str:
     )
     counts = (
         f"Of all {report['pairs']:,} pairs of up to 128 receivers and up to 64 chunks, "
-        + ", ".join(f"{count:,} take {over} rounds more than the lower bound" for over, count in more.items())
+        + ", ".join(f"{count:,} take {over} more rounds than the lower bound" for over, count in more.items())
         + "."
     )
     return f"### Relays\n\n{table}\n\n{counts}"

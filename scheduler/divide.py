@@ -24,6 +24,8 @@ _SEARCHES = 5
 _PIECES_PER_TASK = 4
 # How often rounds look again at what is left: the coarser make fewer pieces.
 _LOOK_AGAIN = (16, 32, 64, 128, 256)
+# Rounding to whole units makes the rounds of the linear programme a little longer.
+_ROOM = 0.99
 
 
 def chunk_sizes(nbytes: int, *, chunk_bytes: int, min_chunk_bytes: int = 1) -> tuple[int, ...]:
@@ -194,7 +196,7 @@ class _Search:
                 self._graph,
                 unit=self._unit,
                 bound_enough=self.best.schedule.makespan_bytes / self._max_gap,
-                sum_enough=self._goal,
+                sum_enough=_ROOM * self._goal,
             )
             if relaxed.rounds and self.best.schedule.makespan_bytes > self._max_gap * relaxed.bound:
                 self._keep(_pieces(self._tasks, self._graph, relaxed.rounds, self._unit, self._ports, "relaxed"))
