@@ -50,6 +50,14 @@ class Connection:
         self._attached = frozenset()
         self.transport = ""
 
+    def serves(self, preparation: Preparation) -> bool:
+        """Tell whether all actors have their programs of ``preparation``, and receivers what they pull."""
+        return self._digest == preparation.digest and self._attached.issuperset(preparation.pulls)
+
+    def knows(self, preparation: Preparation, addresses: Sequence[int]) -> bool:
+        """Tell whether what is pulled lies where the receivers believe it to be."""
+        return all(self._addresses.get(sender) == addresses[sender] for sender, _ in preparation.pulls)
+
     async def ensure(
         self, preparation: Preparation, addresses: Sequence[int], *, run: RunId, seconds: Callable[[], float]
     ) -> bool:

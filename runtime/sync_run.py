@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 
 from wavecast.runtime import errors
-from wavecast.runtime.carriers import Ability, choose_carriers
+from wavecast.runtime.carriers import Ability, Carriers, choose_carriers
 from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.connection import Connection
 from wavecast.runtime.layout.shard import Layout
@@ -40,6 +40,8 @@ __all__ = ("Progress", "SyncRequest", "Known", "SyncRun", "compare_checksums")
 #: After the deadline: to end what is running on the actors.
 _ABORT_SECONDS = 0.7
 _PRECEDENCE_SECONDS = 0.1
+#: How much later than a step's the failure of a begin may come that is its cause.
+_BEGIN_SECONDS = 0.05
 
 Progress = Callable[[TaskReceipt], object]
 
@@ -76,6 +78,15 @@ class Known:
         self.layouts: dict[str, Layout] = {}
         self.prepared: tuple[tuple[object, ...], Preparation] | None = None
         self.refused: frozenset[tuple[int, int]] = frozenset()
+        self._chosen: tuple[object, Carriers] | None = None
+
+    def carriers(self, wanted: str, abilities: tuple[Ability, ...]) -> Carriers:
+        """Return the ways open to the actors, as :func:`choose_carriers` finds them."""
+        if self._chosen is None or self._chosen[0] != (abilities, self.refused):
+            carriers = choose_carriers(wanted, abilities, refused=self.refused)
+            self._chosen = ((abilities, self.refused), carriers)
+
+        return self._chosen[1]
 
 
 class SyncRun:
@@ -111,15 +122,23 @@ class SyncRun:
         :raises SyncError: the class that fits
         """
         watch, request = self.watch, self.request
-        with watch.measure("describe"):
-            began = await self._begin()
+        early = self._expected()
+        ahead = await self._run_ahead(early) if early is not None else None
+        if early is not None and ahead is not None:
+            preparation, planned, connected = early, False, False
+            began, outcome = ahead
+        else:
+            with watch.measure("describe"):
+                began = await self._begin()
+                await self._learn_layouts(began)
 
-        preparation, planned, connected = await self._make_ready(began)
-        outcome = RunReport(0.0, ())
+            preparation, planned, connected = await self._make_ready(began)
+            outcome = RunReport(0.0, ())
+            if not request.dry_run:
+                with watch.measure("transfer"):
+                    outcome = await self._transfer(preparation)
+
         if not request.dry_run:
-            with watch.measure("transfer"):
-                outcome = await self._transfer(preparation)
-
             with watch.measure("verify"):
                 if self._options.checksum:
                     compare_checksums(self._finished, preparation)
@@ -134,6 +153,77 @@ class SyncRun:
             await self._commit()
 
         return self._report(preparation, outcome, planned=planned, connected=connected, device=began[-1].place.device)
+
+    def _expected(self) -> Preparation | None:
+        """
+        Return what this sync will in all likelihood do, when its steps may be asked for before that is certain.
+
+        They may where all is pulled: a receiver begins with no sender that has not begun this run, or whose memory is
+        no longer where it was, and no collective can be entered by some and not by others.
+        """
+        known, request = self._known, self.request
+        if known.prepared is None or request.only is not None or request.validate or request.dry_run:
+            return None
+
+        (*_, names), preparation = known.prepared
+        staged = preparation.edges or preparation.groups
+        return preparation if names is None and not staged and self._connection.serves(preparation) else None
+
+    async def _run_ahead(self, preparation: Preparation) -> tuple[list[Began], RunReport] | None:
+        """
+        Begin and transfer at once; return nothing, with the run ended, when the actors turn out to hold other layouts.
+
+        :raises SyncError: the failure of the begin, if there was one, else that of the transfer
+        """
+        found: list[Began] = []
+        failures: list[errors.SyncError] = []
+        moving = anyio.CancelScope()
+
+        async def begin() -> None:
+            try:
+                found.extend(await self._begin())
+            except errors.SyncError as error:
+                failures.insert(0, error)
+
+            if failures or not self._fits(found, preparation):
+                moving.cancel()
+
+        outcome: RunReport | None = None
+        with self.watch.measure("transfer"):
+            async with anyio.create_task_group() as group:
+                group.start_soon(begin)
+                with moving:
+                    # The begins leave first: an actor takes its calls in the order in which they were sent.
+                    await anyio.lowlevel.checkpoint()
+                    try:
+                        outcome = await self._transfer(preparation)
+                    except errors.SyncError as error:
+                        failures.append(error)
+                        # What failed may be a begin, which then tells more.
+                        await anyio.sleep(_BEGIN_SECONDS)
+                        group.cancel_scope.cancel()
+
+        if failures:
+            raise failures[0]
+
+        if outcome is not None and self._fits(found, preparation):
+            return found, outcome
+
+        await self.abort("the actors hold other layouts than the last time")
+        self._name = RunId(self._name.group, time.time_ns())
+        self._aborted = False
+        self._finished = {}
+        return None
+
+    def _fits(self, began: list[Began], preparation: Preparation) -> bool:
+        """Tell whether the actors are as they were when ``preparation`` was made, and where they were."""
+        known = self._known.prepared
+        return (
+            len(began) == len(self._actors)
+            and known is not None
+            and known[0] == self._key(began, None)
+            and self._connection.knows(preparation, [reply.addresses for reply in began])
+        )
 
     async def abort(self, reason: str) -> None:
         """End what is left of the sync on all actors, once, within the grace time."""
@@ -184,13 +274,12 @@ class SyncRun:
         return max(self._ends - time.monotonic(), 0.001)
 
     async def _begin(self) -> list[Began]:
-        """Let all actors read their shards, and fetch each layout that is not known yet from one of its holders."""
+        """Let all actors read their shards."""
         requests = {
             actor: Begin(
                 self._name,
                 actor,
                 scan=self.request.validate and actor < self._sources,
-                seconds=self._seconds_left,
             )
             for actor in range(len(self._actors))
         }
@@ -204,7 +293,10 @@ class SyncRun:
                     actors=(actor,),
                 )
 
-        began = [replies[actor] for actor in range(len(self._actors))]
+        return [replies[actor] for actor in range(len(self._actors))]
+
+    async def _learn_layouts(self, began: list[Began]) -> None:
+        """Fetch each layout that is not known yet from one of its holders."""
         holders = {reply.digest: actor for actor, reply in enumerate(began) if reply.digest not in self._known.layouts}
         described = await self._actors.ask_all(dict.fromkeys(holders.values(), Describe(self._name)), Described)
         for digest, actor in holders.items():
@@ -212,15 +304,20 @@ class SyncRun:
 
         current = {reply.digest for reply in began}
         self._known.layouts = {digest: layout for digest, layout in self._known.layouts.items() if digest in current}
-        return began
+
+    def _carriers(self, began: list[Began]) -> Carriers:
+        abilities = tuple(Ability(reply.place, reply.unshared, reply.kernels) for reply in began)
+        return self._known.carriers(self._options.transport, abilities)
+
+    def _key(self, began: list[Began], names: frozenset[str] | None) -> tuple[object, ...]:
+        return tuple((reply.digest, reply.place) for reply in began), self._carriers(began), names
 
     async def _prepare(self, began: list[Began], only: Only) -> tuple[Preparation, bool]:
         layouts = [replace(self._known.layouts[reply.digest], place=reply.place) for reply in began]
         sources, destinations = layouts[: self._sources], layouts[self._sources :]
         names = select_names(sources, destinations, only)
-        abilities = [Ability(reply.place, reply.unshared, reply.kernels) for reply in began]
-        carriers = choose_carriers(self._options.transport, abilities, refused=self._known.refused)
-        key = (tuple((reply.digest, reply.place) for reply in began), carriers, names)
+        carriers = self._carriers(began)
+        key = self._key(began, names)
         if self._known.prepared is not None and self._known.prepared[0] == key:
             return self._known.prepared[1], False
 

@@ -15,7 +15,7 @@ import torch
 
 from wavecast.runtime import errors
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
-from wavecast.runtime.transfer.comm import CommunicatorError, CudaFence, Deadline, MoveTimeout
+from wavecast.runtime.transfer.comm import CommunicatorError, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
@@ -46,7 +46,7 @@ from wavecast.runtime.transfer.messages import (
     StoreAddress,
 )
 from wavecast.runtime.transfer.pull import why_not_shared
-from wavecast.runtime.transfer.session import Run, Session
+from wavecast.runtime.transfer.session import Run, Session, pass_on
 from wavecast.runtime.transfer.tables import has_kernels
 
 __all__ = ("Agent", "Host")
@@ -92,6 +92,7 @@ class Agent:
         self._latest = 0
         self._memory: Memory | None = None
         self._moves = 0
+        self._early: list[tuple[RunStep, Future[Reply]]] = []
         self._place: tuple[torch.device, Place] | None = None
         self._unshared = ""
         self._layout = Layout(())
@@ -134,10 +135,11 @@ class Agent:
         if isinstance(request, Begin | Close):
             return _answered(self._begin(request, host) if isinstance(request, Begin) else self._close(request))
 
+        if isinstance(request, RunStep):
+            return self._step(request)
+
         session = self._session(request.run)
         match request:
-            case RunStep():
-                return session.enqueue(request)
             case Connect():
                 return session.connect(request, host.address())
             case Load():
@@ -186,6 +188,27 @@ class Agent:
 
         return session
 
+    # Steps, which may come before the begin of their run where calls have no order.
+
+    def _step(self, request: RunStep) -> Future[Reply]:
+        with self._lock:
+            if request.run.serial > self._latest:
+                future: Future[Reply] = Future()
+                future.set_running_or_notify_cancel()
+                self._early.append((request, future))
+                return future
+
+        return self._session(request.run).enqueue(request)
+
+    def _take_up(self, request: RunStep, outer: Future[Reply]) -> None:
+        """Go on with a step that came early, now that a run has begun: its own, or a later one."""
+        try:
+            inner = self._step(request)
+        except Exception as error:
+            outer.set_exception(error)
+        else:
+            pass_on(inner, outer)
+
     # What is answered at once.
 
     def _begin(self, request: Begin, host: Host) -> Began:
@@ -221,10 +244,11 @@ class Agent:
                 own = self._sessions[request.run.group] = self._make_session()
 
             own.run = run
+            own.ring(run)
+            early, self._early = self._early, []
 
-        if run.ready is not None:
-            # Others may read this memory as soon as this is answered.
-            CudaFence(run.ready, lambda: bool(run.given_up)).wait(Deadline(request.seconds))
+        for waiting, future in early:
+            self._take_up(waiting, future)
 
         place = self._locate(host, memory.device)
         return Began(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from wavecast.runtime.errors import TransportUnavailable
 
-__all__ = ("Exporter", "CopyBatch", "make_current", "open_memory", "close_memory")
+__all__ = ("Exporter", "CopyBatch", "make_current", "open_memory", "close_memory", "read_async")
 
 _HANDLE_NBYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -111,6 +111,16 @@ def close_memory(handle: bytes) -> None:
 
         del _OPENED[handle]
         _check(_cuda().cuIpcCloseMemHandle(ctypes.c_uint64(address)), "cuIpcCloseMemHandle")
+
+
+def read_async(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Queue a copy from device memory at ``source`` to page-locked host memory at ``target`` on ``stream``."""
+    _check(
+        _cuda().cuMemcpyDtoHAsync_v2(
+            ctypes.c_void_p(target), ctypes.c_uint64(source), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream)
+        ),
+        "cuMemcpyDtoHAsync",
+    )
 
 
 class CopyBatch:

@@ -77,13 +77,11 @@ class Begin:
     :ivar run: names the run; every later request of it carries it
     :ivar actor: the actor's number
     :ivar scan: count NaN elements in the shards
-    :ivar seconds: how long the device work that the actor has queued may take until its weights are at rest
     """
 
     run: RunId
     actor: int
     scan: bool = False
-    seconds: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,10 +265,13 @@ class Addresses:
 
     :ivar handles: of its allocations
     :ivar steps: by task id: for each cut the number of its handle, its offset there and its strides, as int64 bytes
+    :ivar bell: the number of a handle and the offset there of an int64: the serial of the latest run in which the
+        sender's weights are at rest
     """
 
     handles: tuple[bytes, ...]
     steps: dict[int, bytes]
+    bell: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from wavecast.runtime.errors import SyncError
 from wavecast.runtime.layout.dtypes import itemsize
-from wavecast.runtime.transfer.cuda_memory import CopyBatch, Exporter, close_memory, make_current, open_memory
+from wavecast.runtime.transfer.comm import Deadline, MoveTimeout
+from wavecast.runtime.transfer.cuda_memory import (
+    CopyBatch,
+    Exporter,
+    close_memory,
+    make_current,
+    open_memory,
+    read_async,
+)
 from wavecast.runtime.transfer.memory import Memory, strided
 from wavecast.runtime.transfer.messages import Addresses
 from wavecast.runtime.transfer.program import ALIGNMENT, Cut, Program, Step
@@ -50,10 +58,11 @@ def why_not_shared(memory: Memory) -> str:
     return ""
 
 
-def export_addresses(program: Program, memory: Memory) -> Addresses:
+def export_addresses(program: Program, memory: Memory, bell: torch.Tensor) -> Addresses:
     """
     Return where the cuts lie that others pull from this actor.
 
+    :param bell: see :class:`Addresses`
     :raises TransportUnavailable: when the memory cannot be shared
     """
     make_current(_index(memory.device))
@@ -68,7 +77,8 @@ def export_addresses(program: Program, memory: Memory) -> Addresses:
 
             steps[step.task] = numbers.tobytes()
 
-    return Addresses(tuple(exporter.handles), steps)
+    rung = exporter.locate(bell.data_ptr())
+    return Addresses(tuple(exporter.handles), steps, rung)
 
 
 class Puller:
@@ -91,6 +101,10 @@ class Puller:
         self._opened: dict[int, tuple[bytes, ...]] = {}
         self._bases: dict[int, tuple[int, ...]] = {}
         self._remote: dict[int, bytes] = {}
+        self._bells: dict[int, int] = {}
+        self._heard: dict[int, int] = {}
+        self._listen = torch.cuda.Stream(device)
+        self._rung = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         self._memory: Memory | None = None
         self._receiving: dict[int, tuple[_Part, ...]] = {}
         self._sending: dict[int, tuple[Table, ...]] = {}
@@ -116,6 +130,9 @@ class Puller:
                     close_memory(handle)
 
             self._bases[sender] = tuple(bases)
+            number, offset = addresses.bell
+            self._bells[sender] = bases[number] + offset
+            self._heard.pop(sender, None)
             self._remote.update(addresses.steps)
 
         self._receiving = {}
@@ -145,6 +162,21 @@ class Puller:
         self._receiving = {}
         self._sending = {}
 
+    def wait_for(self, sender: int, serial: int, deadline: Deadline, check: Callable[[], None]) -> None:
+        """
+        Block until ``sender`` has begun run ``serial`` and its weights are at rest.
+
+        :param check: raises once the run was given up
+        :raises MoveTimeout: when the deadline passed first
+        """
+        while self._heard.get(sender) != serial:
+            read_async(self._rung.data_ptr(), self._bells[sender], 8, self._listen.cuda_stream)
+            self._listen.synchronize()
+            self._heard[sender] = int(self._rung)
+            check()
+            if self._heard[sender] != serial and deadline.passed:
+                raise MoveTimeout(f"actor {sender} had not begun the run by the deadline")
+
     def send(self, step: Step, total: torch.Tensor | None) -> None:
         """Queue the sum of what others pull in ``step``; it is added to ``total``."""
         if total is not None:
@@ -156,7 +188,7 @@ class Puller:
         """
         Queue the copies of ``step``, and the sums of what they wrote; return the event after the last copy.
 
-        Only called once the sender has begun the run: its memory must be at rest.
+        Only called once :meth:`wait_for` has returned for the sender.
         """
         copied = torch.cuda.Event()
         for part in self._parts_of(step):

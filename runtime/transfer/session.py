@@ -32,7 +32,7 @@ from wavecast.runtime.transfer.program import Bucket, Program, Step, fill_bucket
 from wavecast.runtime.transfer.pull import Puller, export_addresses
 from wavecast.runtime.transfer.staging import Leg, Staging
 
-__all__ = ("Run", "Session")
+__all__ = ("Run", "Session", "pass_on")
 
 #: How long giving up waits for the transfer thread before it leaves it behind.
 _GRACE_SECONDS = 0.3
@@ -98,6 +98,8 @@ class Session:
         self._staging: Staging | None = None
         self._puller: Puller | None = None
         self._tables: Tables | None = None
+        self._bell: torch.Tensor | None = None
+        self._exported: Memory | None = None
         self._stores: dict[str, torch.distributed.Store] = {}
         self._epoch = 0
         self._ended: tuple[RunId | None, str] = (None, "")
@@ -167,6 +169,7 @@ class Session:
             self._program = None
             self._buckets = {}
             self._tables = None
+            self._exported = None
             self._stores.clear()
             self._drop_connection(abort=False)
             puller, self._puller = self._puller, None
@@ -206,8 +209,25 @@ class Session:
         self._allocate()
 
     def export(self, name: RunId) -> Addresses:
-        """Say where the cuts lie that others pull from this actor. On the lane."""
-        return export_addresses(self._loaded(), self.current(name).memory)
+        """Say where the cuts lie that others pull from this actor, and let them. On the lane."""
+        run = self.current(name)
+        if self._bell is None:
+            self._bell = torch.zeros(1, dtype=torch.int64, device=run.memory.device)
+
+        addresses = export_addresses(self._loaded(), run.memory, self._bell)
+        self._exported = run.memory
+        self.ring(run)
+        return addresses
+
+    def ring(self, run: Run) -> None:
+        """
+        Let others pull from this actor in ``run``, as soon as what the device has to do before is done.
+
+        Nothing rings for memory that is not, or no longer, where the others believe it to be.
+        """
+        if self._bell is not None and run.memory is self._exported and run.ready is not None:
+            torch.cuda.current_stream(run.memory.device).wait_event(run.ready)
+            self._bell.fill_(run.name.serial)
 
     def attach(self, name: RunId, found: Mapping[int, Addresses]) -> None:
         """Map what this actor pulls from, and work out all that is pulled. On the lane."""
@@ -318,6 +338,11 @@ class Session:
             for stream in self._staging.streams():
                 self._puller.join(stream)
 
+        if step.pull and run.actor != step.sender:
+            waited = time.perf_counter()
+            self._pulling(run.memory).wait_for(step.sender, run.name.serial, deadline, run.check)
+            started += time.perf_counter() - waited
+
         fences = self._pull(run, step, request.step) if step.pull else self._move(run, step, request.step, deadline)
         run.host_seconds += time.perf_counter() - started
         return fences
@@ -394,7 +419,7 @@ class Session:
             if error is not None:
                 outer.set_exception(error)
             else:
-                _chain(waits.submit(lambda: arrive(done.result())), outer)
+                pass_on(waits.submit(lambda: arrive(done.result())), outer)
 
         started.add_done_callback(queued)
 
@@ -424,12 +449,14 @@ def _come_to_rest(puller: Puller | None, staging: Staging | None) -> None:
             stream.synchronize()
 
 
-def _chain(inner: Future[Reply], outer: Future[Reply]) -> None:
-    def pass_on(done: Future[Reply]) -> None:
+def pass_on(inner: Future[Reply], outer: Future[Reply]) -> None:
+    """Let ``outer`` end as ``inner`` does."""
+
+    def end(done: Future[Reply]) -> None:
         error = done.exception()
         if error is None:
             outer.set_result(done.result())
         else:
             outer.set_exception(error)
 
-    inner.add_done_callback(pass_on)
+    inner.add_done_callback(end)
