@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from wavecast.runtime.errors import ConfigError
-from wavecast.scheduler import STRATEGIES
+from wavecast.scheduler import STRATEGIES, FanOut, LinkCost
 
 __all__ = ("SyncOptions", "Transport")
 
@@ -17,6 +17,7 @@ _ALIGNMENT = 16
 _LEAST_BUDGET = 64 << 10
 #: About a year; what is much longer no transport can be told.
 _MOST_SECONDS = 3e7
+_LINK = LinkCost()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +32,16 @@ class SyncOptions:
     :ivar chunk_bytes: the most bytes of a task; ``None`` chooses by the busiest actor's bytes
     :ivar strategy: a name in ``wavecast.scheduler.STRATEGIES``, or ``"auto"``
     :ivar ports: ``"half"``: an actor is in one task at a time; ``"full"``: it may send in one and receive in another
+    :ivar fan_out: how tasks reach several receivers: ``"broadcast"``: one collective each; ``"chain"`` and ``"tree"``:
+        receivers pass on what they got, in later waves; ``"auto"``: what takes the fewest seconds by ``link``
+    :ivar link: what a task costs. With its ``branching`` at 0 a broadcast costs no more than a send, and
+        ``fan_out="auto"`` stays with it; set it to 1 where every receiver costs the sender a copy
     :ivar lookahead: how many waves ahead of the oldest unfinished one a task may start; ``None``: any; 0: a barrier
         after each wave
     :ivar in_flight: tasks an actor may have been given at a time; it works them off in wave order
     :ivar deadline_seconds: when a sync is given none of its own
+    :ivar task_allowance: a task may take so many times what ``link`` says, for each of ``in_flight``, but a second at
+        least; then the sync fails without waiting for its deadline. ``None``: a task may take as long as the sync
     :ivar release_communicators: give the communicators' memory back after each sync; the next one makes them anew
     :ivar checksum: sum up what is sent and what was written, and compare
     :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
@@ -49,9 +56,12 @@ class SyncOptions:
     chunk_bytes: int | None = None
     strategy: str = "auto"
     ports: Literal["half", "full"] = "half"
+    fan_out: FanOut = "auto"
+    link: LinkCost = _LINK
     lookahead: int | None = None
     in_flight: int = 2
     deadline_seconds: float = 300.0
+    task_allowance: float | None = None
     release_communicators: bool = False
     checksum: bool = True
     frequency: int = 1
@@ -80,6 +90,8 @@ class SyncOptions:
             f"auto or one of {', '.join(sorted(STRATEGIES))}",
         )
         _require(self.ports in ("half", "full"), "ports", self.ports, "half or full")
+        _require(self.fan_out in get_args(FanOut), "fan_out", self.fan_out, "auto, broadcast, chain or tree")
+        _require(isinstance(self.link, LinkCost), "link", self.link, "a LinkCost")
         _require(self.lookahead is None or self.lookahead >= 0, "lookahead", self.lookahead, "None, 0 or more")
         _require(self.in_flight >= 1, "in_flight", self.in_flight, "at least 1")
         _require(
@@ -87,6 +99,12 @@ class SyncOptions:
             "deadline_seconds",
             self.deadline_seconds,
             f"positive and at most {_MOST_SECONDS:.0f}",
+        )
+        _require(
+            self.task_allowance is None or 1 <= self.task_allowance <= _MOST_SECONDS,
+            "task_allowance",
+            self.task_allowance,
+            f"None, or 1 to {_MOST_SECONDS:.0f}",
         )
         _require(self.frequency >= 0, "frequency", self.frequency, "0 or more")
 

@@ -16,7 +16,7 @@ from wavecast.runtime.naming import Renames
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
-from wavecast.runtime.plan.tasks import build_tasks, task_routes
+from wavecast.runtime.plan.tasks import build_tasks, spread_tasks, task_routes
 from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
 from wavecast.scheduler import Schedule, plan_waves, verify
 
@@ -31,6 +31,8 @@ class Preparation:
     """
     A plan made ready to run.
 
+    :ivar driven: the schedule with the order in which calls reach the actors: an actor works its program step by step,
+        sends and receives alike, so that this is the order of half duplex whatever the waves keep to
     :ivar digest: of plan and schedule; all actors' programs carry it
     :ivar programs: one an actor, and ``packed`` the same ready to be sent
     :ivar step_of: by actor, then by task id: the task's position in that actor's program
@@ -45,6 +47,7 @@ class Preparation:
 
     plan: ReshardPlan
     schedule: Schedule
+    driven: Schedule
     digest: str
     programs: tuple[Program, ...]
     packed: tuple[PackedProgram, ...]
@@ -83,12 +86,20 @@ def prepare(
 
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
     resharded = time.perf_counter()
+    if options.fan_out in ("chain", "tree") or (options.fan_out == "auto" and options.link.branching):
+        # An engine sends on what it packs from where it was unpacked: a relay's hops are moved, not pulled.
+        carriers = replace(carriers, pulls=frozenset())
+
     layouts = (*sources, *destinations)
     plan = part_routes(plan, layouts, carriers)
     pulled = PullRule(layouts, carriers)
     tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes, apart=pulled)
+    tasks = spread_tasks(tasks, method=options.fan_out, cost=options.link)
     schedule = plan_waves(tasks, strategy=options.strategy, ports=options.ports)
     verify(schedule, tasks)
+    driven = replace(schedule, ports="half")
+    # What the run needs to know of it is worked out here, off the event loop.
+    _ = driven.order
     # What an actor does with a task depends on these as well, and all must agree on it.
     way = f"{carriers.moved}{'+pulls' if carriers.pulls else ''}{'+kernels' if carriers.kernels else ''}"
     digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}-{way}"
@@ -114,6 +125,7 @@ def prepare(
     return Preparation(
         plan=plan,
         schedule=schedule,
+        driven=driven,
         digest=digest,
         programs=programs,
         packed=pack_programs(programs),

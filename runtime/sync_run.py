@@ -36,9 +36,9 @@ from wavecast.runtime.transfer.messages import (
     RunStep,
     StepDone,
 )
-from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, run
+from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, TaskTimeout, run
 
-__all__ = ("Progress", "SyncRequest", "Known", "SyncRun")
+__all__ = ("Progress", "SyncRequest", "Known", "SyncRun", "compare_checksums")
 
 #: After the deadline: to end what is running on the actors.
 _ABORT_SECONDS = 0.7
@@ -148,7 +148,7 @@ class SyncRun:
         if not request.dry_run:
             with watch.measure("verify"):
                 if self._options.checksum:
-                    _compare_checksums(self._finished, preparation)
+                    compare_checksums(self._finished, preparation)
 
                 if request.validate:
                     await self._validate(preparation)
@@ -379,9 +379,14 @@ class SyncRun:
         # The run has the same deadline and can say more of it: it goes first.
         self.scope.deadline += _PRECEDENCE_SECONDS
         options = self._options
+        allowed = None
+        if options.task_allowance is not None:
+            # A task may have to wait at an actor for those it was given before.
+            allowed = options.link.allow(factor=options.task_allowance * options.in_flight)
+
         try:
             return await run(
-                preparation.schedule,
+                preparation.driven,
                 dispatch,
                 lookahead=options.lookahead,
                 deadline=self._seconds_left,
@@ -389,7 +394,15 @@ class SyncRun:
                 in_flight=options.in_flight,
                 abort_seconds=_ABORT_SECONDS + _PRECEDENCE_SECONDS,
                 on_receipt=self.request.progress,
+                task_seconds=allowed,
             )
+        except TaskTimeout as timeout:
+            raise errors.SyncTimeout(
+                f"task {timeout.task.id} of {timeout.task.nbytes} bytes took longer than it is allowed",
+                phase=self.watch.phase,
+                actors=self._owing or timeout.task.members,
+                task=timeout.task.id,
+            ) from timeout
         except TaskFailed as failure:
             raise _from_task(failure) from failure
         except RunTimeout as timeout:
@@ -479,9 +492,9 @@ def _describe_transport(preparation: Preparation) -> str:
     return "+".join(ways) or preparation.carriers.moved
 
 
-def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
+def compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
     """
-    Compare what each receiver found in its memory with what the sender sent.
+    Compare what each receiver found in its memory with what the sender sent, and what is passed on with what came.
 
     :raises ChecksumMismatch: naming task, tensor and actors
     """
@@ -490,6 +503,7 @@ def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) 
         for task in wave.tasks:
             sender = task.senders[0]
             sent = finished[sender].checksums[step_of[sender][task.id]]
+            _require_passed_on(task, sent, finished, preparation)
             for receiver in task.receivers:
                 index = step_of[receiver][task.id]
                 found = finished[receiver].checksums[index]
@@ -502,6 +516,23 @@ def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) 
                         actors=(sender, receiver),
                         task=task.id,
                     )
+
+
+def _require_passed_on(task: Task, sent: int, finished: dict[int, Finished], preparation: Preparation) -> None:
+    sender = task.senders[0]
+    for before in task.after:
+        # A hop comes after the one that brought its bytes, and after nothing else at its sender.
+        index = preparation.step_of[sender][before]
+        got = finished[sender].checksums[index]
+        if got != sent:
+            cuts = preparation.programs[sender].steps[index].cuts
+            raise errors.ChecksumMismatch(
+                f"what was passed on sums up to {sent:#x}, what had come to {got:#x}: "
+                f"{len(cuts)} cuts from {cuts[0].tensor!r} on",
+                tensor=cuts[0].tensor,
+                actors=(sender,),
+                task=task.id,
+            )
 
 
 def _from_task(failure: TaskFailed) -> errors.SyncError:

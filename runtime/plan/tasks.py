@@ -10,9 +10,9 @@ from wavecast.runtime.plan.chunks import LARGEST_ELEMENT, MIN_CHUNK_BYTES, choos
 from wavecast.runtime.plan.collector import paused_collector
 from wavecast.runtime.plan.reshard import ReshardPlan
 from wavecast.runtime.plan.route import Route
-from wavecast.scheduler.task import Task
+from wavecast.scheduler import FanOut, LinkCost, Task, fan_out
 
-__all__ = ("MAX_TASKS", "build_tasks", "task_routes", "relabel", "group_routes")
+__all__ = ("MAX_TASKS", "build_tasks", "spread_tasks", "task_routes", "relabel", "group_routes")
 
 #: So many are scheduled in two seconds, and each costs its members a call.
 MAX_TASKS = 1 << 16
@@ -74,6 +74,21 @@ def _build(
         Task(id, (members[0],), members[1], sum(route.nbytes for route in payload), payload=payload)
         for id, (_, _, members, payload) in enumerate(chunks)
     )
+
+
+def spread_tasks(tasks: Iterable[Task], *, method: FanOut = "auto", cost: LinkCost | None = None) -> tuple[Task, ...]:
+    """
+    Return ``tasks`` as they reach their receivers: broadcasts as they are, or relays hop by hop.
+
+    A hop (:func:`~wavecast.scheduler.fan_out`) carries the routes of the broadcast it was part of, from the actor that
+    sends it to the one that gets it. Tasks without a hop stay the same objects.
+
+    :param tasks: what :func:`build_tasks` made
+    :param method: how; ``"auto"`` relays where that takes fewer seconds by ``cost``
+    :param cost: of a link; without ``branching`` a broadcast is never slower, and stays
+    """
+    # Whatever the waves are planned for, an actor works one task at a time: a relay's rounds are those of half duplex.
+    return tuple(map(relabel, fan_out(tasks, method=method, ports="half", cost=cost)))
 
 
 def group_routes(routes: Iterable[Route]) -> dict[tuple[int, tuple[int, ...]], tuple[Route, ...]]:

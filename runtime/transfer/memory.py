@@ -31,6 +31,8 @@ class Memory:
         self.shards = tuple(shards)
         self.device = _common_device(self.shards)
         self.signature = _signature(self.shards)
+        # What was received: a cut may be passed on, and another shard of the same name may not have been written.
+        self._written: dict[Cut, torch.Tensor] = {}
         self._addresses = self.addresses()
         self._shapes = [shard.view.shape for shard in self.shards]
         self._by_name = _by_name(self.shards, {})
@@ -67,7 +69,15 @@ class Memory:
         )
 
     def source(self, cut: Cut) -> torch.Tensor:
-        """Return what holds ``cut``, from the first shard that has all of it; a computed one works it out now."""
+        """
+        Return what holds ``cut``: the view it was received into last, if it was.
+
+        Otherwise of the first shard that has all of it; a computed one works it out now.
+        """
+        written = self._written.get(cut)
+        if written is not None:
+            return written
+
         shard = self._holders(cut)[0]
         if isinstance(shard.view, Computed):
             start = tuple(a - b for a, b in zip(cut.offset, shard.offset, strict=True))
@@ -77,6 +87,9 @@ class Memory:
 
     def holds_as_is(self, cut: Cut) -> bool:
         """Tell whether what :meth:`source` returns has the bytes that travel: no cast, nothing to work out."""
+        if cut in self._written:
+            return True
+
         view = self._holders(cut)[0].view
         return isinstance(view, torch.Tensor) and view.dtype == dtype_of(cut.dtype)
 
@@ -91,6 +104,7 @@ class Memory:
         if not views:
             raise LayoutError(f"no shard of {cut.tensor!r} can take dtype {cut.dtype}", tensor=cut.tensor)
 
+        self._written[cut] = views[-1]
         return views
 
     def _holders(self, cut: Cut) -> list[Shard]:

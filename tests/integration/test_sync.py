@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import ray
 
@@ -37,6 +39,29 @@ async def test_every_element_arrives_in_every_layout(make_sides: MakeSides, src:
             assert report.transport == "gloo"
             assert report.waves >= report.bound_waves
             assert group.versions() == dict.fromkeys(range(replicas), step)
+
+
+@pytest.mark.parametrize("ports", ["half", "full"])
+@pytest.mark.parametrize("method", ["chain", "tree"])
+async def test_replicas_pass_on_what_they_got(
+    make_sides: MakeSides, method: Literal["chain", "tree"], ports: Literal["half", "full"]
+) -> None:
+    """Three replicas, many chunks: engines are senders too, and every element still arrives bit for bit."""
+    sides = make_sides("tp=2", "tp=1", replicas=3)
+    options = SyncOptions(fan_out=method, ports=ports, chunk_bytes=1 << 18, budget_bytes=1 << 18)
+    async with ParameterSyncGroup(*sides.groups(), options) as group:
+        for step in range(2):
+            sides.fill(step)
+            report = await group.sync(step, validate=step == 0)
+            assert sides.differing(step) == {}
+            assert report.planned is (step == 0)
+
+        assert group.versions() == {0: 1, 1: 1, 2: 1}
+        # A hop has two members who answer, a broadcast would have four.
+        answers = [receipt.value for wave in report.run.waves for receipt in wave.receipts]
+        assert {len(answer) for answer in answers if isinstance(answer, list)} == {2}
+        assert len(answers) == report.tasks
+        assert report.tasks % 3 == 0
 
 
 @pytest.mark.parametrize(

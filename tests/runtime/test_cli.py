@@ -187,6 +187,18 @@ def test_the_same_plan_has_the_same_digest_and_another_another(capsys: pytest.Ca
     assert len(set(digests)) == 5
 
 
+def test_a_relay_has_a_task_for_each_receiver_and_a_digest_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    broadcast, auto, chain, tree = (
+        plan(capsys, "--layers", "2", "--dst", "tp=1", "--replicas", "3", "--fan-out", method)
+        for method in ("broadcast", "auto", "chain", "tree")
+    )
+    assert auto["digest"] == broadcast["digest"]
+    assert len({str(found["digest"]) for found in (broadcast, chain, tree)}) == 3
+    assert isinstance(broadcast["tasks"], int)
+    assert chain["tasks"] == tree["tasks"] == 3 * broadcast["tasks"]
+    assert chain["nbytes"] == broadcast["nbytes"]
+
+
 def test_explain_adds_the_waves(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, "--layers", "2", "--explain")
     assert tuple(found) == (*PLAN_KEYS, "explain")
