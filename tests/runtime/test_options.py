@@ -12,7 +12,7 @@ from wavecast.runtime.options import SyncOptions
 from wavecast.scheduler import STRATEGIES
 
 IMPOSSIBLE: list[tuple[str, object, str]] = [
-    ("transport", "ipc-or-so", "auto, nccl or gloo"),
+    ("transport", "ipc-or-so", "auto, nccl, ipc or gloo"),
     ("budget_bytes", 65_535, "at least 65536"),
     ("budget_bytes", 1e9, "an integer"),
     ("budget_bytes", None, "an integer"),

@@ -109,7 +109,7 @@ def test_chunks_so_small_that_tasks_have_no_end_are_refused_before_any_is_made(k
 
 @pytest.mark.parametrize(
     ("port_nbytes", "chunk_bytes"),
-    [(0, MIN_CHUNK_BYTES), (100 * MIB, MIN_CHUNK_BYTES), (1200 * MIB, 150 * MIB), (1 << 40, MAX_CHUNK_BYTES)],
+    [(0, MIN_CHUNK_BYTES), (100 * MIB, 100 * MIB), (1200 * MIB, 1200 * MIB), (1 << 40, MAX_CHUNK_BYTES)],
 )
 def test_the_chunk_size_follows_the_busiest_port(port_nbytes: int, chunk_bytes: int) -> None:
     assert choose_chunk_bytes(port_nbytes) == chunk_bytes
@@ -117,15 +117,52 @@ def test_the_chunk_size_follows_the_busiest_port(port_nbytes: int, chunk_bytes: 
 
 def test_the_chunk_size_makes_chunks_of_different_runs_alike() -> None:
     assert choose_chunk_bytes(8000 * MIB, [600 * MIB] * 4 + [900 * MIB] * 4 + [MIB]) == 300 * MIB
-    assert choose_chunk_bytes(8000 * MIB, [900 * MIB] * 8) == 1000 * MIB
+    # Where so small is not allowed, what is left is no gain.
+    assert choose_chunk_bytes(8000 * MIB, [600 * MIB, 900 * MIB] * 4, min_chunk_bytes=400 * MIB) == 8000 * MIB
 
 
-def test_eight_chunks_leave_the_busiest_actor(kit) -> None:
+def test_runs_of_one_size_are_not_cut() -> None:
+    assert choose_chunk_bytes(8000 * MIB, [900 * MIB] * 8) == 8000 * MIB
+    assert choose_chunk_bytes(900 * MIB, [900 * MIB]) == 900 * MIB
+    # But for a run longer than any task may be.
+    assert choose_chunk_bytes(3 * MAX_CHUNK_BYTES, [3 * MAX_CHUNK_BYTES]) == MAX_CHUNK_BYTES
+
+
+def test_a_run_is_one_task_where_no_other_is_unlike_it(kit) -> None:
     plan = plan_reshard(kit.split("w", (48 * 1024, 1024), 1), kit.split("w", (48 * 1024, 1024), 1))
-    tasks = build_tasks(plan)
-    assert [task.nbytes for task in tasks] == [24 * MIB] * 8
-    assert len(build_tasks(plan, min_chunk_bytes=64 * MIB)) == 3
+    assert [task.nbytes for task in build_tasks(plan)] == [192 * MIB]
+    assert len(build_tasks(plan, min_chunk_bytes=64 * MIB)) == 1
     assert len(build_tasks(plan, chunk_bytes=8 * MIB)) == 24
+
+
+def test_runs_of_twice_the_length_are_not_cut_for_the_start_that_this_would_cost(kit) -> None:
+    plan = plan_reshard(kit.split("w", (48 * 1024, 1024), 3), kit.split("w", (48 * 1024, 1024), 2))
+    assert sorted(task.nbytes for task in build_tasks(plan)) == [32 * MIB, 32 * MIB, 64 * MIB, 64 * MIB]
+
+
+def test_routes_that_are_to_be_kept_apart_share_no_task(kit) -> None:
+    layout = kit.layout(*((f"w{n}", (0,), (4,), (4,), "float32") for n in range(6)))
+    plan = plan_reshard([layout], [layout])
+    odd = {"w1", "w2", "w5"}
+    tasks = build_tasks(plan, apart=lambda route: route.tensor in odd)
+    assert [[route.tensor for route in task_routes(task)] for task in tasks] == [["w0", "w3", "w4"], ["w1", "w2", "w5"]]
+    assert [(task.id, task.senders, task.receivers, task.nbytes) for task in tasks] == [
+        (0, (0,), (1,), 48),
+        (1, (0,), (1,), 48),
+    ]
+    # What says the same of all changes nothing.
+    assert build_tasks(plan, apart=lambda route: False) == build_tasks(plan)
+    assert [replace(task, id=0) for task in build_tasks(plan, apart=lambda route: True)] == list(build_tasks(plan))
+
+
+def test_kinds_kept_apart_are_each_cut_and_spread_over_the_actors(kit) -> None:
+    """Two senders, two receivers, two kinds: eight runs of two chunks, each of one kind."""
+    layouts = [kit.layout(*((name, (0, 4 * part), (8, 4), (8, 8), "float32") for name in "ab")) for part in range(2)]
+    wanted = [kit.layout(*((name, (4 * part, 0), (4, 8), (8, 8), "float32") for name in "ab")) for part in range(2)]
+    tasks = build_tasks(plan_reshard(layouts, wanted), chunk_bytes=32, apart=lambda route: route.tensor == "b")
+    assert [task.nbytes for task in tasks] == [32] * 16
+    assert all(len({route.tensor for route in task_routes(task)}) == 1 for task in tasks)
+    assert len({(task.senders, task.receivers, task_routes(task)[0].tensor) for task in tasks[:8]}) == 8
 
 
 def test_routes_between_the_same_actors_are_one_run(kit) -> None:

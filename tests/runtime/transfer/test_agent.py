@@ -548,6 +548,11 @@ async def test_a_step_of_another_program_or_before_any_is_refused() -> None:
     await crew.begin()
     early = await crew.ask(0, crew.step(0, 0))
     assert isinstance(early, Failure)
+    assert early.message == "the actor has no program"
+    await crew.begin()
+    expect(Done, await crew.load())
+    early = await crew.ask(0, crew.step(0, 0))
+    assert isinstance(early, Failure)
     assert "before it was connected" in early.message
     await crew.begin()
     await crew.connect()
