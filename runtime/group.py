@@ -14,8 +14,9 @@ from wavecast.runtime.cluster import ActorHandle, RayActors, require_event_loop
 from wavecast.runtime.model_group import ModelGroup
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Only
-from wavecast.runtime.report import ReplicaVersion, SyncReport, Torn
+from wavecast.runtime.report import ReplicaVersion, SyncReport
 from wavecast.runtime.sync_run import Known, Progress, SyncRequest, SyncRun
+from wavecast.runtime.versions import Versions
 
 __all__ = ("ParameterSyncGroup",)
 
@@ -42,9 +43,8 @@ class ParameterSyncGroup:
         self._run: SyncRun | None = None
         self._closed = False
         self._changing = False
-        self._latest: int | None = None
+        self._versions = Versions(len(destination.replicas))
         self._set_members(source, destination)
-        self._versions: dict[int, ReplicaVersion] = dict.fromkeys(range(len(destination.replicas)))
 
     async def __aenter__(self) -> Self:
         require_event_loop()
@@ -77,7 +77,8 @@ class ParameterSyncGroup:
 
         The source's weights must not change, and the destination's must not be read, until this returns.
 
-        :param version: what the replicas will report; one more than the last when ``None``. Never less than the last
+        :param version: what the replicas will report; one more than the newest that any of them has when ``None``, an
+            earlier driver's included. Never less than the newest
         :param deadline: seconds for the whole call; the options' when ``None``
         :param only: names of the tensors to sync, a predicate over names, or ``"trainable"``: what some source holds
             and none has frozen (see :attr:`Shard.trainable`; buffers are not trained). The caller says by it that the
@@ -88,45 +89,15 @@ class ParameterSyncGroup:
         :raises SyncError: the class that fits, naming phase, task and actors. Replicas that were written to are torn
             then, until a later sync succeeds
         :raises LayoutError: when the layouts cannot be served; nothing was written
+        :raises ConfigError: for a version that would go backwards; nothing was written
         """
         require_event_loop()
         self._require_idle()
-        seconds = self._options.deadline_seconds if deadline is None else deadline
-        if not (seconds > 0 and math.isfinite(seconds)):
-            raise errors.ConfigError(f"deadline is {seconds!r}, it must be positive and finite")
+        seconds = self._seconds(deadline)
+        if self._versions.met:
+            self._versions.next(version)
 
-        request = SyncRequest(
-            self._next_version(version),
-            seconds,
-            only,
-            validate,
-            dry_run,
-            progress,
-        )
-        sync = self._run = SyncRun(request, self._name, self._known, self._options)
-        try:
-            with sync.scope:
-                report = await sync.run()
-                self._take_on(request)
-                return report
-
-            await sync.abort(f"the deadline of {request.deadline} seconds passed")
-            raise sync.timeout()
-        except BaseException as error:
-            self._mark_torn(sync)
-            with anyio.CancelScope(shield=True):
-                await sync.abort(f"{type(error).__name__}: {error}")
-
-            if self._closed and isinstance(error, errors.SyncAborted):
-                raise errors.GroupClosed("the group was closed during the sync", version=request.version) from error
-
-            if isinstance(error, errors.SyncError):
-                error.phase = error.phase or sync.watch.phase
-                error.version = request.version
-
-            raise
-        finally:
-            self._run = None
+        return await self._run_once(SyncRequest(version, seconds, only, validate, dry_run, progress), self._known)
 
     async def sync_if_due(self, step: int, *, deadline: float | None = None) -> SyncReport | None:
         """Sync to version ``step`` when it is a multiple of ``options.frequency``; return ``None`` when it is not."""
@@ -137,8 +108,41 @@ class ParameterSyncGroup:
         return await self.sync(step, deadline=deadline)
 
     def versions(self) -> dict[int, ReplicaVersion]:
-        """Return each replica's version: an integer, ``None`` before its first sync, or :class:`Torn`."""
-        return dict(self._versions)
+        """
+        Return each replica's version: an integer, ``None`` before its first sync, or :class:`Torn`.
+
+        As far as this group knows: actors that an earlier driver has synced are known from the first sync or
+        :meth:`refresh` on. A replica has a version only if all of its actors say the same.
+        """
+        return self._versions.by_index()
+
+    async def refresh(self, *, deadline: float | None = None) -> dict[int, ReplicaVersion]:
+        """
+        Ask the actors for their versions and return them by replica, as :meth:`versions` does from then on.
+
+        Changes nothing on the actors and calls no code of the user's. Needed by nobody who syncs: the first sync asks
+        by itself.
+
+        :param deadline: seconds for the whole call; the options' when ``None``
+        :raises SyncError: when an actor died or did not answer in time
+        """
+        require_event_loop()
+        self._require_idle()
+        request = SyncRequest(None, self._seconds(deadline), None, False, True, None)
+        run = self._run = SyncRun(request, self._name, self._known, self._options)
+        try:
+            with run.scope:
+                await run.ask_versions()
+                return self.versions()
+
+            raise run.timeout()
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await run.abort(f"{type(error).__name__}: {error}")
+
+            raise
+        finally:
+            self._run = None
 
     async def replace(self, dead: ActorHandle, fresh: ActorHandle) -> None:
         """Put ``fresh`` in the place of ``dead``; it gets its weights at the next sync."""
@@ -155,7 +159,8 @@ class ParameterSyncGroup:
 
         concerned = [index for index, replica in enumerate(self._destination.replicas) if dead in replica]
         await self._change_members(*groups)
-        self._versions.update(dict.fromkeys(concerned))
+        for index in concerned:
+            self._versions.renew(index)
 
     async def add_replica(self, actors: list[ActorHandle]) -> int:
         """Add a replica and return its index; it gets its weights at the next sync."""
@@ -164,7 +169,7 @@ class ParameterSyncGroup:
         await self._change_members(
             self._source, ModelGroup(self._destination.name, (*self._destination.replicas, actors))
         )
-        self._versions[index] = None
+        self._versions.add()
         return index
 
     async def remove_replica(self, index: int) -> None:
@@ -175,9 +180,8 @@ class ParameterSyncGroup:
             raise errors.ConfigError(f"there is no replica {index}, the group has {len(replicas)}")
 
         del replicas[index]
-        kept = [version for number, version in sorted(self._versions.items()) if number != index]
         await self._change_members(self._source, ModelGroup(self._destination.name, replicas))
-        self._versions = dict(enumerate(kept))
+        self._versions.remove(index)
 
     async def aclose(self) -> None:
         """Let the actors release communicators, programs and staging memory. Bounded; may be called again."""
@@ -188,25 +192,43 @@ class ParameterSyncGroup:
         self._closed = True
         await self._release(self._known.actors)
 
-    # Versions.
+    # One sync.
 
-    def _take_on(self, request: SyncRequest) -> None:
-        """Note the version of a sync that went well. A part of the tensors makes no torn or new replica whole."""
-        if request.dry_run:
-            return
+    async def _run_once(self, request: SyncRequest, known: Known) -> SyncReport:
+        """Run one sync to its end, whatever that is: when this returns or raises, nothing of it is left running."""
+        sync = self._run = SyncRun(request, self._name, known, self._options)
+        try:
+            with sync.scope:
+                report = await sync.run()
+                sync.settle()
+                return report
 
-        self._latest = request.version
-        for index, version in self._versions.items():
-            if request.only is None or isinstance(version, int):
-                self._versions[index] = request.version
+            await sync.abort(f"the deadline of {request.deadline} seconds passed")
+            raise sync.timeout()
+        except BaseException as error:
+            sync.settle()
+            with anyio.CancelScope(shield=True):
+                await sync.abort(f"{type(error).__name__}: {error}")
 
-    def _mark_torn(self, sync: SyncRun) -> None:
-        """Note which replicas a failed sync had begun to write to."""
-        for index, replica in enumerate(self._members_of_replicas()):
-            version = self._versions[index]
-            if not sync.touched.isdisjoint(replica):
-                before = version.from_version if isinstance(version, Torn) else version
-                self._versions[index] = Torn(before, sync.request.version)
+            if self._closed and isinstance(error, errors.SyncAborted):
+                closed = errors.GroupClosed("the group was closed during the sync", version=sync.version)
+                closed.versions = self._versions.by_index()
+                raise closed from error
+
+            if isinstance(error, errors.SyncError):
+                sync.locate(error)
+                error.versions = self._versions.by_index()
+
+            raise
+        finally:
+            self._run = None
+
+    def _seconds(self, deadline: float | None) -> float:
+        seconds = self._options.deadline_seconds if deadline is None else deadline
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise errors.ConfigError(f"deadline is {seconds!r}, it must be positive and finite")
+
+        return seconds
 
     # Members.
 
@@ -221,7 +243,7 @@ class ParameterSyncGroup:
 
         self._source = source
         self._destination = destination
-        self._known = Known(actors, len(source.actors))
+        self._known = Known(actors, len(source.actors), _numbered(source, destination), self._versions)
 
     async def _change_members(self, source: ModelGroup, destination: ModelGroup) -> None:
         before = self._known.actors
@@ -237,15 +259,6 @@ class ParameterSyncGroup:
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
             await actors.close_all(self._name)
 
-    def _members_of_replicas(self) -> list[range]:
-        start = self._known.sources
-        ranges: list[range] = []
-        for replica in self._destination.replicas:
-            ranges.append(range(start, start + len(replica)))
-            start += len(replica)
-
-        return ranges
-
     def _require_idle(self) -> None:
         if self._closed:
             raise errors.GroupClosed("the group is closed")
@@ -255,14 +268,16 @@ class ParameterSyncGroup:
 
         if self._run is not None:
             raise errors.SyncInProgress(
-                f"a sync to version {self._run.request.version} is under way", version=self._run.request.version
+                f"a sync to version {self._run.version} is under way", version=self._run.version
             )
 
-    def _next_version(self, version: int | None) -> int:
-        if version is None:
-            return 0 if self._latest is None else self._latest + 1
 
-        if self._latest is not None and version < self._latest:
-            raise errors.ConfigError(f"version {version} is older than {self._latest}, which the replicas have")
+def _numbered(source: ModelGroup, destination: ModelGroup) -> tuple[range, ...]:
+    """Return the numbers of the actors of each of the destination's replicas."""
+    start = len(source.actors)
+    ranges: list[range] = []
+    for replica in destination.replicas:
+        ranges.append(range(start, start + len(replica)))
+        start += len(replica)
 
-        return version
+    return tuple(ranges)

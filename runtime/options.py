@@ -9,9 +9,10 @@ from typing import Literal
 from wavecast.runtime.errors import ConfigError
 from wavecast.scheduler import STRATEGIES
 
-__all__ = ("SyncOptions", "Transport")
+__all__ = ("SyncOptions", "Transport", "Staging")
 
 Transport = Literal["auto", "nccl", "gloo"]
+Staging = Literal["in_place", "shadow"]
 
 _ALIGNMENT = 16
 _LEAST_BUDGET = 64 << 10
@@ -34,6 +35,9 @@ class SyncOptions:
         after each wave
     :ivar in_flight: tasks an actor may have been given at a time; it works them off in wave order
     :ivar deadline_seconds: when a sync is given none of its own
+    :ivar staging: ``"in_place"``: destinations' weights are written as bytes arrive, a failed sync may leave replicas
+        torn; ``"shadow"``: a second copy is written, and copied over them on the device at commit: replicas are whole
+        at any time, for as much memory again
     :ivar checksum: sum up what is sent and what was written, and compare
     :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
     :ivar allow_missing: destination tensors that may stay as they are when no source has them
@@ -48,6 +52,7 @@ class SyncOptions:
     lookahead: int | None = None
     in_flight: int = 2
     deadline_seconds: float = 300.0
+    staging: Staging = "in_place"
     checksum: bool = True
     frequency: int = 1
     allow_missing: Collection[str] = ()
@@ -81,6 +86,7 @@ class SyncOptions:
             self.deadline_seconds,
             f"positive and at most {_MOST_SECONDS:.0f}",
         )
+        _require(self.staging in ("in_place", "shadow"), "staging", self.staging, "in_place or shadow")
         _require(self.frequency >= 0, "frequency", self.frequency, "0 or more")
 
     @property

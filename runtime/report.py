@@ -7,7 +7,7 @@ from typing import Literal
 
 from wavecast.scheduler import RunReport
 
-__all__ = ("PhaseSeconds", "SyncReport", "Torn", "ReplicaVersion")
+__all__ = ("PhaseSeconds", "HookSeconds", "SyncReport", "Torn", "ReplicaVersion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,19 @@ class PhaseSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class HookSeconds:
+    """
+    What the user's own hooks took, on the slowest actor each; part of the phases describe and commit.
+
+    :ivar before_sync: 0 where no actor has the hook, as of the others
+    """
+
+    before_sync: float = 0.0
+    before_commit: float = 0.0
+    after_commit: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class SyncReport:
     """
     One sync.
@@ -75,6 +88,11 @@ class SyncReport:
     :ivar reshard_seconds: what finding the routes took when this plan was made, and ``schedule_seconds`` the rest of it
     :ivar run: receipts by wave
     :ivar digest: of plan and schedule
+    :ivar staging: ``"in_place"`` or ``"shadow"``
+    :ivar shadow_bytes: the most memory an actor holds for a second copy of its weights
+    :ivar pause_seconds: for how long weights must not be read: in shadow what the slowest actor took to copy the second
+        copy over the first; in place from the first byte's leave until all had committed. Hooks are not counted
+    :ivar hooks: seconds of the user's own
     """
 
     version: int
@@ -102,6 +120,10 @@ class SyncReport:
     schedule_seconds: float
     run: RunReport
     digest: str
+    staging: str = "in_place"
+    shadow_bytes: int = 0
+    pause_seconds: float = 0.0
+    hooks: HookSeconds = HookSeconds()
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import anyio
@@ -11,16 +11,16 @@ import anyio.to_thread
 
 from wavecast.runtime import errors
 from wavecast.runtime.cluster import RayActors
+from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.connection import Connection
 from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Only, Preparation, choose_transport, prepare, select_names
-from wavecast.runtime.report import PhaseSeconds, SyncReport
+from wavecast.runtime.report import HookSeconds, PhaseSeconds, SyncReport
 from wavecast.runtime.stopwatch import Stopwatch
 from wavecast.runtime.transfer.messages import (
     Began,
     Begin,
-    Commit,
     Compare,
     Describe,
     Described,
@@ -31,8 +31,11 @@ from wavecast.runtime.transfer.messages import (
     Probe,
     RunId,
     RunStep,
+    Standing,
+    Status,
     StepDone,
 )
+from wavecast.runtime.versions import Versions
 from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, run
 
 __all__ = ("Progress", "SyncRequest", "Known", "SyncRun")
@@ -49,10 +52,11 @@ class SyncRequest:
     """
     What one call of ``sync()`` asked for.
 
+    :ivar version: ``None``: one more than the newest
     :ivar deadline: seconds for the whole call
     """
 
-    version: int
+    version: int | None
     deadline: float
     only: Only
     validate: bool
@@ -64,13 +68,18 @@ class Known:
     """
     What earlier syncs of the same actors found out and need not find out again.
 
+    :ivar sources: how many of the actors, from the first on, are sources
+    :ivar replicas: the numbers of the actors of each replica
+    :ivar versions: of the replicas
     :ivar layouts: by digest
     :ivar prepared: the last preparation, with what it was made for
     """
 
-    def __init__(self, actors: RayActors, sources: int) -> None:
+    def __init__(self, actors: RayActors, sources: int, replicas: tuple[range, ...], versions: Versions) -> None:
         self.actors = actors
         self.sources = sources
+        self.replicas = replicas
+        self.versions = versions
         self.connection = Connection(actors)
         self.layouts: dict[str, Layout] = {}
         self.prepared: tuple[tuple[object, ...], Preparation] | None = None
@@ -83,6 +92,7 @@ class SyncRun:
     :param group: the group's unguessable name
     :ivar scope: ends the sync at its deadline; entered by the caller
     :ivar touched: destination actors that tasks have been dispatched to
+    :ivar version: the one on its way, once it is known
     """
 
     def __init__(self, request: SyncRequest, group: str, known: Known, options: SyncOptions) -> None:
@@ -90,6 +100,7 @@ class SyncRun:
         self.watch = Stopwatch()
         self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.deadline)
         self.touched: set[int] = set()
+        self.version: int | None = request.version
         # By the clock: also a driver that was started anew comes after the one before.
         self._name = RunId(group, time.time_ns())
         self._known = known
@@ -100,6 +111,8 @@ class SyncRun:
         self._ends = time.monotonic() + request.deadline
         self._owing: tuple[int, ...] = ()
         self._aborted = False
+        self._preparation: Preparation | None = None
+        self._commit: CommitPhase | None = None
 
     async def run(self) -> SyncReport:
         """
@@ -109,10 +122,11 @@ class SyncRun:
         """
         watch, request = self.watch, self.request
         with watch.measure("describe"):
-            began = await self._begin()
+            began, version = await self._open()
 
         with watch.measure("plan"):
             preparation, planned = await self._prepare(began, request.only)
+            self._preparation = preparation
 
         places = [reply.place for reply in began]
         transport = choose_transport(self._options.transport, places)
@@ -121,6 +135,7 @@ class SyncRun:
                 preparation, transport, run=self._name, seconds=self._seconds_left
             )
 
+        start = time.perf_counter()
         outcome = RunReport(0.0, ())
         finished: dict[int, Finished] = {}
         if not request.dry_run:
@@ -133,9 +148,10 @@ class SyncRun:
                     await self._validate(preparation)
 
         with watch.measure("commit"):
-            await self._commit()
+            commit = self._commit = CommitPhase(self._actors, self._name, began, request.dry_run)
+            hooks = await commit.go_through(self._versions_to_commit(version))
 
-        return self._report(
+        report = self._report(
             preparation,
             outcome,
             finished.values(),
@@ -143,6 +159,52 @@ class SyncRun:
             connected=connected,
             device=places[-1].device,
         )
+        return replace(
+            report,
+            version=version,
+            staging=self._options.staging,
+            shadow_bytes=max(reply.shadow_bytes for reply in began),
+            pause_seconds=self._pause_seconds(start, hooks),
+            hooks=hooks,
+        )
+
+    def settle(self) -> None:
+        """
+        Note which replicas have which version now, however the run ended.
+
+        One that all of its actors have committed has the new version. One that was being written to is torn; in shadow
+        that is one of whose actors not all are known to have committed or not.
+        """
+        versions, version = self._known.versions, self.version
+        if version is None or self.request.dry_run:
+            return
+
+        commit = self._commit
+        committed = commit.committed.keys() if commit is not None else ()
+        flipping = commit is not None and commit.started
+        for index, replica in enumerate(self._known.replicas):
+            if all(actor in committed for actor in replica):
+                if self._makes_whole(index):
+                    versions.take_on(index, version)
+            elif not self.touched.isdisjoint(replica) and (self._options.staging == "in_place" or flipping):
+                versions.tear(index, version)
+
+    def locate(self, error: errors.SyncError) -> None:
+        """Say in ``error`` what the run knows and the actor did not: phase, version, wave and tensor."""
+        error.phase = error.phase or self.watch.phase
+        error.version = self.version
+        if error.task is None or self._preparation is None:
+            return
+
+        error.tasks = error.tasks or (error.task,)
+        for number, wave in enumerate(self._preparation.schedule.waves):
+            if any(task.id == error.task for task in wave.tasks):
+                error.wave = number
+
+        for program in self._preparation.programs:
+            for step in program.steps:
+                if step.task == error.task and not error.tensor:
+                    error.tensor = step.cuts[0].tensor
 
     async def abort(self, reason: str) -> None:
         """End what is left of the sync on all actors, once, within the grace time."""
@@ -158,25 +220,80 @@ class SyncRun:
     def timeout(self, unfinished: tuple[Task, ...] = ()) -> errors.SyncTimeout:
         """Return the error of a deadline that passed, naming who owed an answer."""
         tasks = f"; {len(unfinished)} tasks were unfinished" if unfinished else ""
-        return errors.SyncTimeout(
+        error = errors.SyncTimeout(
             f"the deadline of {self.request.deadline} seconds passed{tasks}",
             phase=self.watch.phase,
             actors=self._owing or tuple(dict.fromkeys(member for task in unfinished[:1] for member in task.members)),
             task=unfinished[0].id if unfinished else None,
         )
+        error.tasks = tuple(task.id for task in unfinished)
+        return error
 
     @property
     def _seconds_left(self) -> float:
         return max(self._ends - time.monotonic(), 0.001)
 
-    async def _begin(self) -> list[Began]:
+    def _pause_seconds(self, start: float, hooks: HookSeconds) -> float:
+        if self.request.dry_run:
+            return 0.0
+
+        if self._options.staging == "shadow":
+            return self._commit.flip_seconds if self._commit is not None else 0.0
+
+        return time.perf_counter() - start - hooks.before_commit - hooks.after_commit
+
+    async def _open(self) -> tuple[list[Began], int]:
+        """
+        Begin on all actors, and return what they say and the version to bring them to.
+
+        At the first contact their versions are asked for before: an earlier driver may have brought them anywhere. One
+        that did so since shows at the begin; where the version was left open, the run begins again behind it.
+
+        :raises ConfigError: when the version asked for is older than one that a replica has
+        """
+        versions = self._known.versions
+        if not versions.met:
+            await self.ask_versions()
+
+        version = self.version = versions.next(self.request.version)
+        began = await self._begin(version)
+        if self.request.version is None and versions.newest is not None and version <= versions.newest:
+            self._name = RunId(self._name.group, time.time_ns())
+            version = self.version = versions.next(None)
+            began = await self._begin(version)
+
+        versions.next(version)
+        return began, version
+
+    async def ask_versions(self) -> None:
+        """Ask every actor for its version, and note what they say. Outside of a run as well."""
+        every = dict.fromkeys(range(len(self._actors)), Status())
+        self._observe(await self._actors.ask_all(every, Standing))
+
+    def _observe(self, standings: Mapping[int, Standing]) -> None:
+        self._known.versions.observe([[standings[actor] for actor in replica] for replica in self._known.replicas])
+
+    async def _begin(self, version: int) -> list[Began]:
         """Let all actors read their shards, and fetch each layout that is not known yet from one of its holders."""
+        in_shadow = self._options.staging == "shadow"
         requests = {
-            actor: Begin(self._name, actor, scan=self.request.validate and actor < self._sources)
+            actor: Begin(
+                self._name,
+                actor,
+                scan=self.request.validate and actor < self._sources,
+                version=version,
+                shadow=in_shadow and actor >= self._sources,
+            )
             for actor in range(len(self._actors))
         }
         replies = await self._actors.ask_all(requests, Began)
+        self._observe({actor: reply.standing for actor, reply in replies.items()})
         for actor, reply in replies.items():
+            if reply.torn and actor < self._sources:
+                raise errors.SyncError(
+                    "a source's weights are torn: a sync into it was begun and not finished", actors=(actor,)
+                )
+
             if reply.nan:
                 name, count = reply.nan[0]
                 raise errors.ValidationError(
@@ -277,9 +394,18 @@ class SyncRun:
                             task=task.id,
                         )
 
-    async def _commit(self) -> None:
-        request = Commit(self._name, None if self.request.dry_run else self.request.version)
-        await self._actors.ask_all(dict.fromkeys(range(len(self._actors)), request), Done)
+    def _versions_to_commit(self, version: int) -> dict[int, int | None]:
+        """Return what each actor takes on: sources keep what they have, and so do replicas that stay not whole."""
+        versions: dict[int, int | None] = dict.fromkeys(range(len(self._actors)))
+        for index, replica in enumerate(self._known.replicas):
+            if self._makes_whole(index) and not self.request.dry_run:
+                versions.update(dict.fromkeys(replica, version))
+
+        return versions
+
+    def _makes_whole(self, index: int) -> bool:
+        """Tell whether this sync leaves a replica whole: a part of the tensors makes no torn or new one so."""
+        return self.request.only is None or isinstance(self._known.versions[index], int)
 
     def _report(
         self,
@@ -294,7 +420,7 @@ class SyncRun:
         plan, schedule = preparation.plan, preparation.schedule
         seconds = self.watch.seconds
         return SyncReport(
-            version=self.request.version,
+            version=self.version or 0,
             dry_run=self.request.dry_run,
             nbytes=plan.nbytes,
             tensors=len({route.tensor for route in plan.routes}),

@@ -21,6 +21,7 @@ from wavecast.runtime.transfer.messages import (
     Began,
     Begin,
     Commit,
+    Committed,
     Connect,
     Connected,
     Done,
@@ -196,7 +197,7 @@ class Crew:
         return expect(Finished, await self.ask_all(lambda actor: Finish(self.run, SECONDS)))
 
     async def commit(self, version: int | None) -> None:
-        expect(Done, await self.ask_all(lambda actor: Commit(self.run, version)))
+        expect(Committed, await self.ask_all(lambda actor: Commit(self.run, version)))
 
     async def abort(self) -> None:
         expect(Done, await self.ask_all(lambda actor: Abort(self.run, "the test gave it up")))
