@@ -17,7 +17,7 @@ import ray.util
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, TaskCancelledError
 
 from wavecast.runtime import errors
-from wavecast.runtime.transfer.messages import Abort, Close, Failure, Reply, Request, RunId
+from wavecast.runtime.transfer.messages import Abort, Close, Failure, Reply, Request, RunId, Status
 
 __all__ = (
     "ActorHandle",
@@ -158,6 +158,28 @@ class RayActors:
                 group.start_soon(keep, actor, ref)
 
         return {actor: replies[actor] for actor in refs}
+
+    async def find_dead(self, seconds: float) -> tuple[int, ...]:
+        """Return the actors that are dead, as far as ``seconds`` can tell; one that does not answer is none."""
+        dead: set[int] = set()
+
+        async def look(actor: int, ref: Answer) -> None:
+            try:
+                await self.answer(ref, object)
+            except errors.SyncError as error:
+                if isinstance(error, errors.ActorDied):
+                    dead.add(actor)
+
+        refs = [self.start(actor, Status()) for actor in range(len(self.handles))]
+        with anyio.move_on_after(seconds):
+            async with anyio.create_task_group() as group:
+                for actor, ref in enumerate(refs):
+                    group.start_soon(look, actor, ref)
+
+        for ref in refs:
+            self._running.pop(ref, None)
+
+        return tuple(sorted(dead))
 
     def waiting_for(self) -> tuple[int, ...]:
         """The actors that owe an answer, each once, in order."""

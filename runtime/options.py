@@ -16,6 +16,12 @@ Staging = Literal["in_place", "shadow"]
 
 _ALIGNMENT = 16
 _LEAST_BUDGET = 64 << 10
+_CHOICES = {
+    "staging": ("in_place", "shadow"),
+    "when_busy": ("raise", "queue", "coalesce"),
+    "on_lost_replica": ("raise", "drop"),
+    "on_lost_trainer": ("raise", "replan"),
+}
 #: About a year; what is much longer no transport can be told.
 _MOST_SECONDS = 3e7
 
@@ -39,6 +45,13 @@ class SyncOptions:
         torn; ``"shadow"``: a second copy is written, and copied over them on the device at commit: replicas are whole
         at any time, for as much memory again
     :ivar checksum: sum up what is sent and what was written, and compare
+    :ivar when_busy: what becomes of a call while another is under way: ``"raise"``: it is refused; ``"queue"``: it
+        waits; ``"coalesce"``: it waits, and all that wait are served by one sync to the newest of their versions
+    :ivar retries: how often a sync is made again, within its deadline, after a checksum that differs
+    :ivar on_lost_replica: an actor of a replica died during a sync: ``"raise"``, or ``"drop"``: the replica leaves the
+        group and the sync goes to the others
+    :ivar on_lost_trainer: a trainer died during a sync: ``"raise"``, or ``"replan"``: the sync does without it where
+        others hold what it held
     :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
     :ivar allow_missing: destination tensors that may stay as they are when no source has them
     :raises ConfigError: for a value that cannot be
@@ -54,6 +67,10 @@ class SyncOptions:
     deadline_seconds: float = 300.0
     staging: Staging = "in_place"
     checksum: bool = True
+    when_busy: Literal["raise", "queue", "coalesce"] = "raise"
+    retries: int = 0
+    on_lost_replica: Literal["raise", "drop"] = "raise"
+    on_lost_trainer: Literal["raise", "replan"] = "raise"
     frequency: int = 1
     allow_missing: Collection[str] = ()
 
@@ -61,7 +78,7 @@ class SyncOptions:
         # A string is a collection of strings too: of its letters.
         _require(not isinstance(self.allow_missing, str), "allow_missing", self.allow_missing, "a collection of names")
         object.__setattr__(self, "allow_missing", frozenset(self.allow_missing))
-        for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "frequency"):
+        for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "retries", "frequency"):
             value = getattr(self, name)
             optional = name in ("chunk_bytes", "lookahead")
             _require(isinstance(value, int) or (optional and value is None), name, value, "an integer")
@@ -86,7 +103,10 @@ class SyncOptions:
             self.deadline_seconds,
             f"positive and at most {_MOST_SECONDS:.0f}",
         )
-        _require(self.staging in ("in_place", "shadow"), "staging", self.staging, "in_place or shadow")
+        for name, choices in _CHOICES.items():
+            _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
+
+        _require(self.retries >= 0, "retries", self.retries, "0 or more")
         _require(self.frequency >= 0, "frequency", self.frequency, "0 or more")
 
     @property

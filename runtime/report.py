@@ -93,6 +93,9 @@ class SyncReport:
     :ivar pause_seconds: for how long weights must not be read: in shadow what the slowest actor took to copy the second
         copy over the first; in place from the first byte's leave until all had committed. Hooks are not counted
     :ivar hooks: seconds of the user's own
+    :ivar attempts: runs that the call took: one, and one more for each failure that the options forgive
+    :ivar dropped: replicas that were lost on the way and have left the group, by the index they had before the call
+    :ivar lost_trainers: how many of the source's actors are planned around
     """
 
     version: int
@@ -124,6 +127,9 @@ class SyncReport:
     shadow_bytes: int = 0
     pause_seconds: float = 0.0
     hooks: HookSeconds = HookSeconds()
+    attempts: int = 1
+    dropped: tuple[int, ...] = ()
+    lost_trainers: int = 0
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -54,6 +54,8 @@ class SyncRequest:
 
     :ivar version: ``None``: one more than the newest
     :ivar deadline: seconds for the whole call
+    :ivar waited: how many of them had passed before this run of it
+    :ivar from_peer: the sources are another replica's actors, whose hooks are left alone
     """
 
     version: int | None
@@ -62,6 +64,13 @@ class SyncRequest:
     validate: bool
     dry_run: bool
     progress: Progress | None
+    waited: float = 0.0
+    from_peer: bool = False
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left of the deadline as the run begins."""
+        return max(self.deadline - self.waited, 0.001)
 
 
 class Known:
@@ -98,7 +107,7 @@ class SyncRun:
     def __init__(self, request: SyncRequest, group: str, known: Known, options: SyncOptions) -> None:
         self.request = request
         self.watch = Stopwatch()
-        self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.deadline)
+        self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.seconds_left)
         self.touched: set[int] = set()
         self.version: int | None = request.version
         # By the clock: also a driver that was started anew comes after the one before.
@@ -108,7 +117,7 @@ class SyncRun:
         self._actors = known.actors
         self._sources = known.sources
         self._connection = known.connection
-        self._ends = time.monotonic() + request.deadline
+        self._ends = time.monotonic() + request.seconds_left
         self._owing: tuple[int, ...] = ()
         self._aborted = False
         self._preparation: Preparation | None = None
@@ -266,9 +275,9 @@ class SyncRun:
         return began, version
 
     async def ask_versions(self) -> None:
-        """Ask every actor for its version, and note what they say. Outside of a run as well."""
-        every = dict.fromkeys(range(len(self._actors)), Status())
-        self._observe(await self._actors.ask_all(every, Standing))
+        """Ask the replicas' actors for their versions, and note what they say. Outside of a run as well."""
+        every = [actor for replica in self._known.replicas for actor in replica]
+        self._observe(await self._actors.ask_all(dict.fromkeys(every, Status()), Standing))
 
     def _observe(self, standings: Mapping[int, Standing]) -> None:
         self._known.versions.observe([[standings[actor] for actor in replica] for replica in self._known.replicas])
@@ -281,7 +290,7 @@ class SyncRun:
                 self._name,
                 actor,
                 scan=self.request.validate and actor < self._sources,
-                version=version,
+                version=None if self.request.from_peer and actor < self._sources else version,
                 shadow=in_shadow and actor >= self._sources,
             )
             for actor in range(len(self._actors))

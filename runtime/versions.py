@@ -92,6 +92,12 @@ class Versions:
         self._versions[index] = version
         self._see(version)
 
+    def set(self, index: int, version: ReplicaVersion) -> None:
+        """Take over what another record says of a replica."""
+        self._versions[index] = version
+        if isinstance(version, int):
+            self._see(version)
+
     def tear(self, index: int, version: int) -> None:
         """Note that ``version`` was being written to a replica, and was not finished."""
         before = self._versions[index]

@@ -81,7 +81,7 @@ async def test_a_new_driver_finds_the_versions_and_goes_on_behind_them() -> None
         # Asked for at the first contact, and never again.
         await group.sync()
 
-    assert [actor.kinds().count("Status") for actor in stage.actors] == [2] * 6
+    assert [actor.kinds().count("Status") for actor in stage.actors] == [0, 0, 2, 2, 2, 2]
 
 
 async def test_refresh_tells_the_versions_and_calls_nothing_of_the_users() -> None:
