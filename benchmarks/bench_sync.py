@@ -1,127 +1,200 @@
 """
 Whole syncs through real Ray actors, beside the ceiling of the wire measured in the same run.
 
-    python benchmarks/bench_sync.py --json
+    python benchmarks/bench_sync.py --suite two --baselines --json sync.json     # 2 GPUs; "four", "cpu" as well
+    python benchmarks/bench_sync.py --case across-7b --case colocated-7b --json sync.json
     python benchmarks/bench_sync.py --preset qwen2.5-7b --src tp=1 --dst tp=1 --replicas 1 --transport nccl --json
+
+Results are written after each case: one that fails or hangs costs the others nothing. `sync_chart.py` draws them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import anyio
 import torch
-from ceilings import ipc_pair, raw_pair
-from common import environment, quantile
+from ceilings import CeilingBook, Row
+from common import environment
+from sync_baselines import BASELINES, run_baselines
+from sync_cases import CASES, SUITES, Case, ad_hoc, find_cases
+from sync_measure import case_facts, run_case
+from sync_table import as_lines, one_line
 
-from wavecast.runtime.errors import WavecastError
-from wavecast.runtime.model import DEFAULT_PRESET, resolve_model
-from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.sync_job import SyncJob, run, sync_as_json
+from wavecast.runtime.cluster import cluster
+from wavecast.runtime.errors import ConfigError, WavecastError
+from wavecast.runtime.model import DEFAULT_PRESET
 
-_CEILING_LIMIT = 8 << 30
+_STDOUT = "-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; print a table, or one JSON object."""
+    """Run the benchmark; print a table, or one JSON object. Return 0 when all that ran was right, 1 or 2 when not."""
     args = _parse(argv)
-    options = SyncOptions(
-        transport=args.transport,
-        budget_bytes=args.budget_bytes,
-        chunk_bytes=args.chunk_bytes,
-        checksum=not args.no_checksum,
-        in_flight=args.in_flight,
-    )
-    job = SyncJob(
-        config=resolve_model(preset_name=args.preset, checkpoint=None, layers=args.layers),
-        checkpoint=None,
-        src=args.src,
-        dst=args.dst,
-        replicas=args.replicas,
-        dtype=args.dtype,
-        seed=0,
-        repeat=args.repeat + 1,
-        device="auto",
-        address=None,
-        options=options,
-    )
+    if args.list:
+        print("\n".join(f"{case.name:<28} {case.suite:<5} {case.title}" for case in CASES))
+        return 0
+
+    gpus = torch.cuda.device_count()
     try:
-        outcome = run(job)
+        cases = [case.with_options(dict(args.set)) for case in _cases(args, gpus)]
+        runs = any(case.reason_to_skip(gpus) is None for case in cases)
+        with cluster(None) if runs else contextlib.nullcontext():
+            report = anyio.run(_run, args, cases, gpus, backend="asyncio")
     except WavecastError as error:
         print(f"bench_sync: {error}", file=sys.stderr)
         return 2
 
-    result = _result(
-        args,
-        sync_as_json(outcome),
-        [report.seconds.transfer for report in outcome.reports[1:]],
-        [report.seconds.total for report in outcome.reports[1:]],
-        outcome.reports[0].bound_bytes,
+    print(json.dumps(report) if args.json == _STDOUT else "\n".join(as_lines(report)))
+    return 1 if any(row["status"] == "failed" for row in report["cases"]) else 0
+
+
+async def _run(args: argparse.Namespace, cases: Sequence[Case], gpus: int) -> dict[str, list[Row]]:
+    on_cpu = all(case.on_cpu for case in cases)
+    book = CeilingBook(device="cpu" if on_cpu else "cuda", seconds=args.ceiling_seconds)
+    report: dict[str, object] = {
+        **environment(),
+        "config": {key: value for key, value in vars(args).items() if key != "json"},
+        "ceilings": book.rows,
+        "cases": [],
+        "baselines": [],
+    }
+    keep = _keeper(report, args.json)
+    beside: set[tuple[object, ...]] = set()
+    for case in cases:
+        reason = case.reason_to_skip(gpus)
+        if reason is not None:
+            row: Row = {**case_facts(case), "status": "skipped", "reason": reason}
+        else:
+            row = await run_case(case, book, repeat=args.repeat, seconds=args.case_seconds)
+
+        _listed(report, "cases").append(row)
+        keep(one_line(row))
+        # Cases that differ in the group's options alone have the same bytes to move: once is enough.
+        moved = (case.preset, case.layers, case.dtype, case.src, case.dst, case.trainers, case.engines)
+        if args.baselines and reason is None and moved not in beside:
+            beside.add(moved)
+            for found in run_baselines(case, args.baseline or tuple(BASELINES), seconds=args.baseline_seconds):
+                _listed(report, "baselines").append({**found, **_beside(found, row)})
+                keep(one_line(found))
+
+    return report  # type: ignore[return-value]
+
+
+def _beside(baseline: Row, case: Row) -> Row:
+    """Return a baseline's share of the ceiling of the case it was run beside."""
+    ceiling, nbytes = case.get("ceiling_gigabytes_per_second"), baseline.get("port_bytes")
+    spread = baseline.get("seconds")
+    if not (isinstance(ceiling, float) and isinstance(nbytes, int) and isinstance(spread, dict)):
+        return {"share_of_ceiling": None}
+
+    return {"share_of_ceiling": nbytes / spread["p50"] / 1e9 / ceiling}
+
+
+def _listed(report: dict[str, object], name: str) -> list[Row]:
+    rows = report[name]
+    return rows if isinstance(rows, list) else []
+
+
+def _keeper(report: dict[str, object], where: str | None) -> Callable[[str], None]:
+    """Return what writes all that is known so far, and says a line of what came last."""
+
+    def keep(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        if where is not None and where != _STDOUT:
+            # Put in its place at once: whoever ends this run finds the last whole file.
+            path = Path(where)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f"{path.name}.part")
+            beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            beside.replace(path)
+
+    return keep
+
+
+def _cases(args: argparse.Namespace, gpus: int) -> tuple[Case, ...]:
+    if args.suite is not None or args.case:
+        cases = find_cases(suite=args.suite, names=args.case)
+        if len({case.on_cpu for case in cases}) != 1:
+            raise ConfigError("cases on CPUs and on GPUs do not go into one run, and a run needs at least one")
+
+        return cases
+
+    options = (
+        ("chunk_bytes", args.chunk_bytes),
+        ("checksum", not args.no_checksum),
+        ("in_flight", args.in_flight),
     )
-    print(json.dumps(result) if args.json else _table(result))
-    return 0 if outcome.verified else 1
+    return (
+        ad_hoc(
+            preset=args.preset,
+            layers=args.layers,
+            src=args.src,
+            dst=args.dst,
+            replicas=args.replicas,
+            dtype=args.dtype,
+            transport=args.transport,
+            budget_bytes=args.budget_bytes,
+            gpus=gpus,
+            options=options,
+        ),
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default=DEFAULT_PRESET)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--src", default="tp=1")
-    parser.add_argument("--dst", default="tp=1")
-    parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--transport", default="auto", choices=("auto", "nccl", "gloo"))
-    parser.add_argument("--budget-bytes", type=int, default=1 << 30)
-    parser.add_argument("--chunk-bytes", type=int)
-    parser.add_argument("--in-flight", type=int, default=2)
-    parser.add_argument("--no-checksum", action="store_true")
-    parser.add_argument("--repeat", type=int, default=10, help="warm syncs; one more comes before them")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--suite", choices=SUITES, help="all cases for so many GPUs, or the small ones on CPUs")
+    parser.add_argument("--case", action="append", default=[], metavar="NAME", help="only these; may be repeated")
+    parser.add_argument("--list", action="store_true", help="print the cases and end")
+    parser.add_argument(
+        "--set", action="append", type=_option, default=[], metavar="NAME=VALUE", help="an option of the group, in JSON"
+    )
+    parser.add_argument("--repeat", type=_positive, default=10, help="warm syncs; one more comes before them")
+    parser.add_argument("--baselines", action="store_true", help="run other ways over the same bytes beside each case")
+    parser.add_argument("--baseline", action="append", choices=tuple(BASELINES), help="only these; may be repeated")
+    parser.add_argument("--case-seconds", type=float, default=240.0, help="for all syncs of a case")
+    parser.add_argument("--ceiling-seconds", type=float, default=90.0, help="for the ceilings of a pattern")
+    parser.add_argument("--baseline-seconds", type=float, default=120.0, help="for the baselines of a case")
+    parser.add_argument("--json", nargs="?", const=_STDOUT, metavar="FILE", help="write the results; - is stdout")
+
+    own = parser.add_argument_group("a case of your own, where neither --suite nor --case is given")
+    own.add_argument("--preset", default=DEFAULT_PRESET)
+    own.add_argument("--layers", type=int)
+    own.add_argument("--src", default="tp=1", help="a mesh, or fsdp2=N, flat=N, vllm=N")
+    own.add_argument("--dst", default="tp=1")
+    own.add_argument("--replicas", type=int, default=1)
+    own.add_argument("--dtype", default="bfloat16")
+    own.add_argument("--transport", default="auto", choices=("auto", "nccl", "ipc", "gloo"))
+    own.add_argument("--budget-bytes", type=int, default=1 << 30)
+    own.add_argument("--chunk-bytes", type=int)
+    own.add_argument("--in-flight", type=int, default=2)
+    own.add_argument("--no-checksum", action="store_true")
     return parser.parse_args(argv)
 
 
-def _result(
-    args: argparse.Namespace, sync: dict[str, object], transfer: list[float], total: list[float], port_bytes: int
-) -> dict[str, object]:
-    """Put the sync beside the time its busiest port needs for the same bytes in one message."""
-    nbytes = min(port_bytes, _CEILING_LIMIT)
-    gpus = torch.cuda.device_count()
-    if sync["transport"] == "nccl" and gpus > 1:
-        ceilings = {"nccl": raw_pair(nbytes, backend="nccl"), "ipc": ipc_pair(nbytes)}
-    else:
-        ceilings = {"gloo": raw_pair(nbytes, backend="gloo")}
+def _option(text: str) -> tuple[str, object]:
+    """Read ``in_flight=3`` or ``transport=nccl``: what is no JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
 
-    best = max(figures["gigabytes_per_second"] for figures in ceilings.values())
-    raw = next(iter(ceilings.values()))["gigabytes_per_second"]
-    p50 = quantile(transfer, 0.5)
-    return {
-        **environment(),
-        "config": {key: value for key, value in vars(args).items() if key != "json"},
-        "ceilings": ceilings,
-        "port_bytes": port_bytes,
-        "transfer_seconds": {"p50": p50, "p95": quantile(transfer, 0.95)},
-        "total_seconds": {"p50": quantile(total, 0.5), "p95": quantile(total, 0.95)},
-        "port_gigabytes_per_second": port_bytes / p50 / 1e9,
-        "share_of_raw": port_bytes / p50 / 1e9 / raw,
-        "share_of_best_ceiling": port_bytes / p50 / 1e9 / best,
-        "share_of_best_ceiling_whole_sync": port_bytes / quantile(total, 0.5) / 1e9 / best,
-        "sync": sync,
-    }
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
-def _table(result: dict[str, object]) -> str:
-    names = (
-        "ceilings",
-        "port_bytes",
-        "transfer_seconds",
-        "total_seconds",
-        "share_of_raw",
-        "share_of_best_ceiling",
-        "share_of_best_ceiling_whole_sync",
-    )
-    return "\n".join(f"{name:<34} {result[name]}" for name in names)
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+
+    return value
 
 
 if __name__ == "__main__":

@@ -1,123 +1,242 @@
-"""What the wire can do: one message of the same bytes between two processes, without anything around it."""
+"""
+What the wire can do: one message of the same bytes on every edge of a pattern, with nothing around it.
+
+A ceiling is keyed by what travels where, and measured once a run: several cases share it.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
-import statistics
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from common import quantile
+from processes import Member, Row, run_processes
+from torch.multiprocessing.reductions import reduce_tensor
 
-__all__ = ("raw_pair", "ipc_pair")
+__all__ = ("Ceiling", "CeilingBook", "Edge", "best_rate", "local_rate")
 
-_SPAWN = "spawn"
+Edge = tuple[int, int]
+
+#: The busiest port's bytes: from about a gigabyte on the rate hardly changes with the size.
+_PORT_BYTES = 8 << 30
+_PORT_BYTES_ON_CPU = 64 << 20
+_LARGE = 2_000_000_000
+_REPEATS = 10
 
 
-def raw_pair(nbytes: int, *, backend: str, repeats: int = 10) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class Ceiling:
     """
-    Time one send of ``nbytes`` from one process to another, warm; return median, best and worst seconds.
+    A pattern to measure.
 
-    :param backend: ``"nccl"`` (GPUs 0 and 1) or ``"gloo"``
+    :ivar kind: ``"sendrecv"`` (all edges in one group call of NCCL, on CPUs gloo), ``"broadcast"`` (from the one source
+        to all the others), ``"ipc"`` (receivers pull through CUDA IPC handles, one edge after the other, the receivers
+        starting at different sources) or ``"copy"`` (within GPU 0)
+    :ivar edges: source and destination GPU of each message
+    :ivar nbytes: of each message
+    :ivar device: ``"cuda"`` or ``"cpu"``
     """
-    return _in_pair(_raw_member, nbytes, backend, repeats)
+
+    kind: str
+    edges: tuple[Edge, ...]
+    nbytes: int
+    device: str
+
+    @property
+    def port_bytes(self) -> int:
+        """Bytes through the busiest port, each GPU having one in and one out; a broadcast leaves its source once."""
+        if self.kind == "broadcast":
+            return self.nbytes
+
+        return self.nbytes * _degree(self.edges)
+
+    @property
+    def name(self) -> str:
+        """Kind and edges in words."""
+        if self.kind == "copy":
+            return "copy within a GPU"
+
+        return f"{self.kind} {' '.join(f'{source}>{target}' for source, target in self.edges)}"
 
 
-def ipc_pair(nbytes: int, *, repeats: int = 10) -> dict[str, float]:
-    """Time GPU 1 pulling ``nbytes`` out of GPU 0's memory through a CUDA IPC handle, warm."""
-    return _in_pair(_ipc_member, nbytes, "ipc", repeats)
+class CeilingBook:
+    """
+    The ceilings of one run, each measured when it is first asked for.
+
+    :ivar rows: what was measured or failed, in order, as JSON values
+    """
+
+    def __init__(self, *, device: str, seconds: float) -> None:
+        self.rows: list[Row] = []
+        self._device = device
+        self._seconds = seconds
+        self._known: dict[Ceiling, Row] = {}
+
+    def measure(self, *, edges: tuple[Edge, ...], port_bytes: int, broadcast: bool, local: bool) -> list[Row]:
+        """
+        Return the ceilings of a pattern: the best of them is the port's.
+
+        :param port_bytes: of the case; patterns of many bytes are all measured with one size
+        :param broadcast: the pattern is one source's, to all others the same
+        :param local: measure copies within a GPU as well
+        """
+        wanted = self._wanted(edges, port_bytes, broadcast=broadcast, local=local)
+        new = [ceiling for ceiling in wanted if ceiling not in self._known]
+        if new:
+            self._take(new)
+
+        return [self._known[ceiling] for ceiling in wanted]
+
+    def _wanted(self, edges: tuple[Edge, ...], port_bytes: int, *, broadcast: bool, local: bool) -> list[Ceiling]:
+        on_gpu = self._device == "cuda"
+        most = _PORT_BYTES if on_gpu else _PORT_BYTES_ON_CPU
+        size = most if port_bytes > _LARGE else min(port_bytes, most)
+        wanted = []
+        if edges:
+            each = max(size // (1 if broadcast else _degree(edges)) // 16 * 16, 16)
+            kinds = ("broadcast",) if broadcast else ("sendrecv", "ipc") if on_gpu else ("sendrecv",)
+            wanted = [Ceiling(kind, edges, each, self._device) for kind in kinds]
+
+        return [*wanted, Ceiling("copy", (), most // 2, self._device)] if local else wanted
+
+    def _take(self, ceilings: list[Ceiling]) -> None:
+        world = max((gpu for ceiling in ceilings for edge in ceiling.edges for gpu in edge), default=0) + 1
+        outcome = run_processes(_measure, ceilings, world=world, device=self._device, seconds=self._seconds)
+        found = {row["index"]: row for row in outcome.rows}
+        for index, ceiling in enumerate(ceilings):
+            row: Row = {
+                "pattern": ceiling.name,
+                "kind": ceiling.kind,
+                "edges": [list(edge) for edge in ceiling.edges],
+                "nbytes": ceiling.nbytes,
+                "port_bytes": ceiling.port_bytes,
+            }
+            if index in found:
+                seconds = found[index]["seconds"]
+                middle = quantile(seconds, 0.5)  # type: ignore[arg-type]
+                row |= {
+                    "seconds": {"p50": middle, "min": min(seconds), "max": max(seconds)},  # type: ignore[call-overload]
+                    "gigabytes_per_second": ceiling.port_bytes / middle / 1e9,
+                }
+            else:
+                row["error"] = outcome.error or "nothing was reported"
+
+            self._known[ceiling] = row
+            self.rows.append(row)
 
 
-def _in_pair(member: Callable[..., None], nbytes: int, backend: str, repeats: int) -> dict[str, float]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    context = mp.get_context(_SPAWN)
-    results = context.SimpleQueue()
-    handles = context.SimpleQueue()
-    processes = [
-        context.Process(target=member, args=(rank, port, nbytes, backend, repeats, results, handles))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-
-    for process in processes:
-        process.join()
-
-    if any(process.exitcode for process in processes):
-        raise RuntimeError(f"the {backend} ceiling failed: exit codes {[process.exitcode for process in processes]}")
-
-    seconds: list[float] = results.get()
-    return {
-        "seconds": statistics.median(seconds),
-        "best": min(seconds),
-        "worst": max(seconds),
-        "gigabytes_per_second": nbytes / statistics.median(seconds) / 1e9,
-    }
+def best_rate(rows: Iterable[Row]) -> float | None:
+    """Return the highest rate across GPUs in GB/s, ``None`` where none was measured."""
+    rates = [float(str(row["gigabytes_per_second"])) for row in rows if row["kind"] != "copy" and "error" not in row]
+    return max(rates, default=None)
 
 
-def _join(rank: int, port: int, backend: str) -> torch.device:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    device = torch.device("cpu")
-    if backend != "gloo":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-
-    dist.init_process_group("nccl" if backend == "nccl" else "gloo", rank=rank, world_size=2)
-    return device
+def local_rate(rows: Iterable[Row]) -> float | None:
+    """Return the rate of copies within a GPU in GB/s, ``None`` where it was not measured."""
+    rates = [float(str(row["gigabytes_per_second"])) for row in rows if row["kind"] == "copy" and "error" not in row]
+    return max(rates, default=None)
 
 
-def _raw_member(rank, port, nbytes, backend, repeats, results, handles):  # type: ignore[no-untyped-def]
-    device = _join(rank, port, backend)
-    buffer = torch.full((nbytes,), rank, dtype=torch.uint8, device=device)
-    seconds = []
-    for _ in range(repeats + 2):
-        dist.barrier()
-        _finish(device)
-        start = time.perf_counter()
-        if rank == 0:
-            dist.send(buffer, 1)
-        else:
-            dist.recv(buffer, 0)
+def _degree(edges: Iterable[Edge]) -> int:
+    """Return how many messages the busiest port sends or receives."""
+    listed = list(edges)
+    leaving = Counter(source for source, _ in listed)
+    arriving = Counter(target for _, target in listed)
+    return max([*leaving.values(), *arriving.values()], default=1)
 
-        _finish(device)
-        seconds.append(time.perf_counter() - start)
 
-    if rank == 1:
-        results.put(seconds[2:])
+def _measure(member: Member, ceilings: list[Ceiling]) -> None:
+    """Measure one after the other, in all processes at once."""
+    for index, ceiling in enumerate(ceilings):
+        run = {"sendrecv": _sendrecv, "broadcast": _broadcast, "ipc": _ipc, "copy": _copy}[ceiling.kind]
+        seconds = run(member, ceiling)
+        if member.rank == 0:
+            member.report({"index": index, "seconds": seconds})
 
+        if member.device.type == "cuda":
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
+
+
+def _sendrecv(member: Member, ceiling: Ceiling) -> list[float]:
+    group = member.group(range(member.world))
+    outgoing, incoming = _buffers(member, ceiling)
+
+    def work() -> None:
+        operations = []
+        for source, target in ceiling.edges:
+            if member.rank == source:
+                operations.append(dist.P2POp(dist.isend, outgoing, target, group))
+            elif member.rank == target:
+                operations.append(dist.P2POp(dist.irecv, incoming[source], source, group))
+
+        for done in dist.batch_isend_irecv(operations) if operations else ():
+            done.wait()
+
+    return member.time(work, repeats=_REPEATS, warm=2)
+
+
+def _broadcast(member: Member, ceiling: Ceiling) -> list[float]:
+    root = ceiling.edges[0][0]
+    ranks = sorted({root, *(target for _, target in ceiling.edges)})
+    group = member.group(ranks)
+    buffer = _filled(ceiling.nbytes if member.rank in ranks else 0, member)
+
+    def work() -> None:
+        if member.rank in ranks:
+            dist.broadcast(buffer, root, group=group)
+
+    return member.time(work, repeats=_REPEATS, warm=2)
+
+
+def _ipc(member: Member, ceiling: Ceiling) -> list[float]:
+    outgoing, incoming = _buffers(member, ceiling)
+    # An empty tensor has no memory to export.
+    handle = reduce_tensor(outgoing) if outgoing.numel() else None
+    handles: list[object] = [None] * member.world
+    dist.all_gather_object(handles, handle)
+    remote: dict[int, torch.Tensor] = {}
+    for source in _staggered(sorted(incoming), member.rank):
+        rebuild, args = handles[source]  # type: ignore[misc]
+        remote[source] = rebuild(*args)
+
+    def work() -> None:
+        for source, view in remote.items():
+            incoming[source].copy_(view)
+
+    seconds = member.time(work, repeats=_REPEATS, warm=2)
+    remote.clear()
+    # Sources keep what others have mapped until nobody does any more.
     dist.barrier()
-    dist.destroy_process_group()
+    return seconds
 
 
-def _ipc_member(rank, port, nbytes, backend, repeats, results, handles):  # type: ignore[no-untyped-def]
-    device = _join(rank, port, backend)
-    buffer = torch.full((nbytes,), rank, dtype=torch.uint8, device=device)
-    if rank == 0:
-        handles.put(buffer)
-        dist.barrier()
-    else:
-        remote = handles.get()
-        seconds = []
-        for _ in range(repeats + 2):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            buffer.copy_(remote)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-
-        results.put(seconds[2:])
-        del remote
-        dist.barrier()
-
-    dist.destroy_process_group()
+def _copy(member: Member, ceiling: Ceiling) -> list[float]:
+    mine = member.rank == 0
+    source = _filled(ceiling.nbytes if mine else 0, member)
+    target = torch.empty_like(source)
+    return member.time(lambda: _fill(target, source), repeats=_REPEATS, warm=2)
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _fill(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
+
+
+def _staggered(sources: list[int], rank: int) -> list[int]:
+    """Turn the list so that receivers of the same sources begin at different ones."""
+    turn = rank % len(sources) if sources else 0
+    return sources[turn:] + sources[:turn]
+
+
+def _buffers(member: Member, ceiling: Ceiling) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Return what this rank sends, empty if nothing, and where it receives from each source."""
+    sends = any(source == member.rank for source, _ in ceiling.edges)
+    incoming = {source: _filled(ceiling.nbytes, member) for source, target in ceiling.edges if target == member.rank}
+    return _filled(ceiling.nbytes if sends else 0, member), incoming
+
+
+def _filled(nbytes: int, member: Member) -> torch.Tensor:
+    return torch.full((nbytes,), member.rank, dtype=torch.uint8, device=member.device)

@@ -102,7 +102,7 @@ def plan(
 @cli.command()
 @_model_options
 @click.option("--repeat", default=3, show_default=True, help="How many syncs, with new weights before each.")
-@click.option("--transport", type=click.Choice(["auto", "nccl", "gloo"]), default="auto", show_default=True)
+@click.option("--transport", type=click.Choice(["auto", "nccl", "ipc", "gloo"]), default="auto", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the weights.")
 @click.option("--address", help="A running Ray cluster's address [default: start one here].")
@@ -124,7 +124,7 @@ def sync(
     chunk_bytes: int | None,
     as_json: bool,
     repeat: int,
-    transport: Literal["auto", "nccl", "gloo"],
+    transport: Literal["auto", "nccl", "ipc", "gloo"],
     device: str,
     seed: int,
     address: str | None,

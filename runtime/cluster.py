@@ -17,7 +17,7 @@ import ray.util
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, TaskCancelledError
 
 from wavecast.runtime import errors
-from wavecast.runtime.transfer.messages import Abort, Close, Failure, Reply, Request, RunId, Status
+from wavecast.runtime.transfer.messages import Abort, Close, Failure, Request, RunId, Status, decode, encode
 
 __all__ = (
     "ActorHandle",
@@ -42,7 +42,7 @@ _TURN_SECONDS = 0.02
 
 
 class _RemoteMethod(Protocol):
-    def remote(self, *args: object) -> ray.ObjectRef[Reply]: ...
+    def remote(self, *args: object) -> ray.ObjectRef[bytes]: ...
 
 
 #: Any Ray actor handle. Ray's own type says nothing of an actor's methods: a group checks for what it needs.
@@ -50,7 +50,7 @@ ActorHandle: TypeAlias = object
 
 
 #: What stands for an answer until it is awaited.
-Answer: TypeAlias = "ray.ObjectRef[Reply]"
+Answer: TypeAlias = "ray.ObjectRef[bytes]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +92,22 @@ class RayActors:
                 raise errors.NotATransferWorker(f"actor {handle!r} does not mix in TransferWorker", actors=(actor,))
 
         self._methods = [_request_method(handle) for handle in self.handles]
-        self._running: dict[ray.ObjectRef[Reply], _Call] = {}
+        self._running: dict[ray.ObjectRef[bytes], _Call] = {}
 
     def __len__(self) -> int:
         return len(self.handles)
 
-    def start(self, actor: int, request: Request, attachment: object = None) -> ray.ObjectRef[Reply]:
-        """Send ``request`` and return the reference of its answer; :meth:`answer` awaits it."""
-        method = self._methods[actor]
-        ref = method.remote(request, _HOST) if attachment is None else method.remote(request, _HOST, attachment)
+    def start(self, actor: int, request: Request, *attachments: ray.ObjectRef[bytes]) -> ray.ObjectRef[bytes]:
+        """
+        Send ``request`` and return the reference of its answer; :meth:`answer` awaits it.
+
+        :param attachments: other actors' answers, which Ray hands over without a stop here
+        """
+        ref = self._methods[actor].remote(encode((request, _HOST)), *attachments)
         self._running[ref] = _Call(actor, anyio.current_time())
         return ref
 
-    async def answer(self, ref: ray.ObjectRef[Reply], expected: type[R]) -> R:
+    async def answer(self, ref: ray.ObjectRef[bytes], expected: type[R]) -> R:
         """
         Await the answer behind ``ref``.
 
@@ -112,7 +115,7 @@ class RayActors:
         """
         actor = self._running[ref].actor
         try:
-            reply = await ref
+            reply = decode(await ref)
         except RayError as error:
             # A cancelled await leaves the reference on the list, for abort() to end; any answer takes it off.
             self._running.pop(ref, None)
@@ -138,7 +141,7 @@ class RayActors:
         refs = {actor: self.start(actor, request) for actor, request in requests.items()}
         return dict(zip(refs, await self.answers(list(refs.values()), expected), strict=True))
 
-    async def answers(self, refs: Sequence[ray.ObjectRef[Reply]], expected: type[R]) -> list[R]:
+    async def answers(self, refs: Sequence[ray.ObjectRef[bytes]], expected: type[R]) -> list[R]:
         """Await several answers at once, in order; the first failure ends the wait."""
         return await _all([self.answer(ref, expected) for ref in refs])
 
@@ -147,7 +150,7 @@ class RayActors:
         refs = {actor: self.start(actor, request) for actor, request in requests.items()}
         replies: dict[int, R | errors.SyncError] = {}
 
-        async def keep(actor: int, ref: ray.ObjectRef[Reply]) -> None:
+        async def keep(actor: int, ref: Answer) -> None:
             try:
                 replies[actor] = await self.answer(ref, expected)
             except errors.SyncError as error:
@@ -193,7 +196,7 @@ class RayActors:
         has answered; the caller bounds the time. Actors that are dead already are no failure here.
         """
         running, self._running = self._running, {}
-        calls: dict[int, list[tuple[ray.ObjectRef[Reply], float]]] = {actor: [] for actor in range(len(self.handles))}
+        calls: dict[int, list[tuple[ray.ObjectRef[bytes], float]]] = {actor: [] for actor in range(len(self.handles))}
         for ref, call in running.items():
             calls[call.actor].append((ref, call.sent))
 
@@ -201,7 +204,7 @@ class RayActors:
             for actor, owed in calls.items():
                 group.start_soon(self._end, actor, owed, Abort(run, reason))
 
-    async def _end(self, actor: int, owed: list[tuple[ray.ObjectRef[Reply], float]], abort: Abort) -> None:
+    async def _end(self, actor: int, owed: list[tuple[ray.ObjectRef[bytes], float]], abort: Abort) -> None:
         """
         End an actor's calls one after the other, then its run.
 
@@ -218,20 +221,21 @@ class RayActors:
                 await _settled(ref)
         except anyio.get_cancelled_exc_class():
             # Out of time: it ends its run as soon as it comes to it.
-            self._methods[actor].remote(abort, _HOST)
+            self._methods[actor].remote(encode((abort, _HOST)))
             raise
 
-        await _settled(self._methods[actor].remote(abort, _HOST))
+        await _settled(self._methods[actor].remote(encode((abort, _HOST))))
 
     async def close_all(self, group: str) -> None:
         """Let every actor release what it holds for ``group``; the caller bounds the time. Passes over dead actors."""
-        refs = [method.remote(Close(group), _HOST) for method in self._methods]
+        close = encode((Close(group), _HOST))
+        refs = [method.remote(close) for method in self._methods]
         async with anyio.create_task_group() as tasks:
             for ref in refs:
                 tasks.start_soon(_settled, ref)
 
 
-async def _settled(ref: ray.ObjectRef[Reply]) -> None:
+async def _settled(ref: ray.ObjectRef[bytes]) -> None:
     """Wait until a call has ended, in whatever way."""
     try:
         await ref

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Sequence
 
 from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.preparation import Preparation
-from wavecast.runtime.transfer.messages import Connect, Connected, Done, HostStore, Load, RunId, StoreAddress
+from wavecast.runtime.transfer.messages import (
+    Attach,
+    Connect,
+    Connected,
+    Disconnect,
+    Done,
+    Export,
+    Exported,
+    HostStore,
+    Load,
+    RunId,
+    StoreAddress,
+)
 
 __all__ = ("Connection",)
 
@@ -15,7 +28,7 @@ class Connection:
     """
     What the actors have been given so far.
 
-    :ivar transport: of the communicators, or ``""`` before the first
+    :ivar transport: of the communicators, or ``""`` while there are none
     :ivar communicator_bytes: the most device memory they took on an actor
     """
 
@@ -24,6 +37,8 @@ class Connection:
         self._groups: frozenset[tuple[int, ...]] = frozenset()
         self._edges: frozenset[tuple[int, int]] = frozenset()
         self._digest = ""
+        self._addresses: dict[int, int] = {}
+        self._attached: frozenset[tuple[int, int]] = frozenset()
         self.transport = ""
         self.communicator_bytes = 0
 
@@ -32,30 +47,80 @@ class Connection:
         self._groups = frozenset()
         self._edges = frozenset()
         self._digest = ""
+        self._attached = frozenset()
         self.transport = ""
 
-    async def ensure(self, preparation: Preparation, transport: str, *, run: RunId, seconds: float) -> bool:
+    def serves(self, preparation: Preparation) -> bool:
+        """Tell whether all actors have their programs of ``preparation``, and receivers what they pull."""
+        return self._digest == preparation.digest and self._attached.issuperset(preparation.pulls)
+
+    def knows(self, preparation: Preparation, addresses: Sequence[int]) -> bool:
+        """Tell whether what is pulled lies where the receivers believe it to be."""
+        return all(self._addresses.get(sender) == addresses[sender] for sender, _ in preparation.pulls)
+
+    async def ensure(
+        self, preparation: Preparation, addresses: Sequence[int], *, run: RunId, seconds: Callable[[], float]
+    ) -> bool:
         """
         Make what is missing for ``preparation``, on all actors at once; return whether communicators were made.
 
+        :param addresses: for each actor a number that changes when its shards move
+        :param seconds: tells the time left
         :raises SyncError: when an actor failed, died, or was too slow
         """
-        fits = (
+        needed = bool(preparation.groups or preparation.edges)
+        transport = preparation.carriers.moved
+        fits = not needed or (
             self.transport == transport
             and self._groups.issuperset(preparation.groups)
             and self._edges.issuperset(preparation.edges)
         )
         if not fits:
-            await self._connect(preparation, transport, run, seconds)
+            await self._connect(preparation, transport, run, seconds())
 
         if self._digest != preparation.digest:
             await self._actors.ask_all({program.actor: Load(run, program) for program in preparation.packed}, Done)
             self._digest = preparation.digest
+            self._attached = frozenset()
 
+        await self._attach(preparation, addresses, run)
         return not fits
 
+    async def release(self, run: RunId) -> None:
+        """Let all actors give their communicators back; the next :meth:`ensure` that needs them makes them anew."""
+        await self._actors.ask_all(dict.fromkeys(range(len(self._actors)), Disconnect(run)), Done)
+        self._groups = frozenset()
+        self._edges = frozenset()
+        self.transport = ""
+
+    async def _attach(self, preparation: Preparation, addresses: Sequence[int], run: RunId) -> None:
+        """Let receivers map what they pull, from all senders that have moved since they did."""
+        now = dict(enumerate(addresses))
+        stale = [
+            pair
+            for pair in preparation.pulls
+            if pair not in self._attached or now[pair[0]] != self._addresses.get(pair[0])
+        ]
+        if not stale:
+            return
+
+        # The senders' answers go from actor to actor, without a stop on the driver.
+        exports = {sender: self._actors.start(sender, Export(run)) for sender in sorted({pair[0] for pair in stale})}
+        refs = []
+        for receiver in sorted({pair[1] for pair in stale}):
+            senders = tuple(sender for sender in exports if (sender, receiver) in stale)
+            attach = Attach(run, senders)
+            refs.append(self._actors.start(receiver, attach, *(exports[sender] for sender in senders)))
+
+        await self._actors.answers(refs, Done)
+        await self._actors.answers(list(exports.values()), Exported)
+        self._addresses.update((sender, now[sender]) for sender in exports)
+        self._attached = self._attached.union(preparation.pulls)
+
     async def _connect(self, preparation: Preparation, transport: str, run: RunId, seconds: float) -> None:
-        self.forget()
+        self._groups = frozenset()
+        self._edges = frozenset()
+        self.transport = ""
         # Unguessable: whoever does not know it finds no key in the store.
         name = f"wavecast-{secrets.token_hex(16)}"
         address = await self._actors.ask(0, HostStore(run, name, seconds), StoreAddress)

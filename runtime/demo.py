@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from wavecast.runtime.checkpoint import Checkpoint
+from wavecast.runtime.demo_memory import DemoMemory, SeparateMemory
 from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.shard import Layout, Piece, Shard
+from wavecast.runtime.layout.shard import Layout, Piece, Shard, describe
 from wavecast.runtime.transfer.memory import as_bits, dtype_of
 from wavecast.runtime.transfer.worker import TransferWorker
 
@@ -45,10 +47,16 @@ class Weights:
 
     def differing(self, piece: Piece, step: int, view: torch.Tensor, checkpoint: Checkpoint | None) -> int:
         """Return how many elements of ``view`` are not, bit for bit, those of ``piece`` at ``step``."""
-        count = 0
+        return int(self.count_differing(piece, step, view, checkpoint))
+
+    def count_differing(
+        self, piece: Piece, step: int, view: torch.Tensor, checkpoint: Checkpoint | None
+    ) -> torch.Tensor:
+        """Return what :meth:`differing` does as a number on the view's device, without waiting for it."""
+        count = torch.zeros((), dtype=torch.int64, device=view.device)
         for box, window in _blocks(piece.box, view):
             wanted = self._values(piece, box, step, window.device, checkpoint)
-            count += int((as_bits(window) != as_bits(wanted)).sum())
+            count += (as_bits(window) != as_bits(wanted)).sum()
 
         return count
 
@@ -80,31 +88,44 @@ class Weights:
 
         name = f"{self.seed}/{step}/{piece.tensor}".encode()
         key = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
-        mixed = (index + key) * -7046029254386353131
-        mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
-        return mixed ^ (mixed >> 32)
+        # In place: billions of elements go through here, and each pass is one over memory.
+        mixed = (index + key).mul_(-7046029254386353131)
+        mixed = mixed.bitwise_xor_(mixed >> 29).mul_(-4658895280553007687)
+        return mixed.bitwise_xor_(mixed >> 32)
 
 
 class DemoActor(TransferWorker):
     """
-    A trainer or an engine without a model: a tensor of its own for each piece of a layout.
+    A trainer or an engine without a model: tensors whose every element is known.
 
-    :param layout: what it holds
+    :param memory: what it holds; a layout gives each piece a tensor of its own
     :param weights: what the elements are
-    :param device: ``"cpu"`` or ``"cuda"``
+    :param device: ``"cpu"``, ``"cuda"``, or ``"cuda:1"`` where the actor sees several GPUs
     """
 
-    def __init__(self, layout: Layout, weights: Weights, device: str) -> None:
+    def __init__(self, memory: Layout | DemoMemory, weights: Weights, device: str) -> None:
         self._weights = weights
         self._checkpoint = Checkpoint.open(weights.directory) if weights.directory is not None else None
-        self._held = [
-            (piece, torch.empty(piece.box.extent, dtype=dtype_of(piece.dtype), device=device))
-            for piece in layout.pieces
-        ]
+        self._device = torch.device(device)
+        if self._device.index is not None:
+            torch.cuda.set_device(self._device)
+
+        made = SeparateMemory(memory) if isinstance(memory, Layout) else memory
+        shards = made.allocate(device)
+        pieces = describe(shards).pieces
+        self._held = [(piece, view) for piece, shard in zip(pieces, shards, strict=True) for view in _views(shard)]
+        self._shards: list[Shard] = []
+        self._shards_of: object = None
 
     def transfer_shards(self) -> list[Shard]:
-        """Return one shard a piece."""
-        return [Shard(piece.tensor, view, piece.box.offset, piece.global_shape) for piece, view in self._held]
+        """Return one shard a piece: the same list again for as long as the tensors are the same."""
+        if self._shards_of is not self._held:
+            self._shards = [
+                Shard(piece.tensor, view, piece.box.offset, piece.global_shape) for piece, view in self._held
+            ]
+            self._shards_of = self._held
+
+        return self._shards
 
     def fill(self, step: int) -> None:
         """Take on the weights of ``step``, as a trainer does by training."""
@@ -122,17 +143,37 @@ class DemoActor(TransferWorker):
 
     def differing(self, step: int) -> dict[str, int]:
         """Compare every element held with the weights of ``step``; return the names of tensors that differ."""
+        found = [self._weights.count_differing(piece, step, view, self._checkpoint) for piece, view in self._held]
         counts: dict[str, int] = {}
-        for piece, view in self._held:
-            count = self._weights.differing(piece, step, view, self._checkpoint)
+        # Fetched at once: to wait for the device after each of many thousand tensors takes longer than to compare them.
+        for (piece, _), count in zip(self._held, torch.stack(found).tolist() if found else (), strict=True):
             if count:
                 counts[piece.tensor] = counts.get(piece.tensor, 0) + count
 
         return counts
 
+    def process_id(self) -> int:
+        """Return the id of the actor's process."""
+        return os.getpid()
+
+    def device_bytes(self) -> int:
+        """Return the bytes in use on the actor's GPU, whoever's they are, without what is only cached; 0 on a CPU."""
+        if self._device.type != "cuda":
+            return 0
+
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
+
     def _finish(self) -> None:
-        if self._held and self._held[0][1].is_cuda:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _views(shard: Shard) -> Iterator[torch.Tensor]:
+    if isinstance(shard.view, torch.Tensor):
+        yield shard.view
 
 
 def _blocks(box: Box, view: torch.Tensor) -> Iterator[tuple[Box, torch.Tensor]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from wavecast.runtime.errors import ConfigError
 from wavecast.scheduler import STRATEGIES
 
 __all__ = ("SyncOptions", "Transport", "Staging")
 
-Transport = Literal["auto", "nccl", "gloo"]
+Transport = Literal["auto", "nccl", "ipc", "gloo"]
 Staging = Literal["in_place", "shadow"]
 
 _ALIGNMENT = 16
@@ -31,7 +31,8 @@ class SyncOptions:
     """
     How a group syncs.
 
-    :ivar transport: ``"nccl"``, ``"gloo"``, or ``"auto"``: NCCL where every actor has a GPU of its own, else gloo
+    :ivar transport: ``"auto"``: receivers pull from senders on their node through CUDA IPC, the rest goes over NCCL
+        where every actor has a GPU of its own, over gloo where not; or ``"nccl"``, ``"ipc"``, ``"gloo"`` alone
     :ivar budget_bytes: extra memory an actor may hold for staging; two buckets of half of it take turns.
         Communicators are counted and reported apart
     :ivar chunk_bytes: the most bytes of a task; ``None`` chooses by the busiest actor's bytes
@@ -44,6 +45,7 @@ class SyncOptions:
     :ivar staging: ``"in_place"``: destinations' weights are written as bytes arrive, a failed sync may leave replicas
         torn; ``"shadow"``: a second copy is written, and copied over them on the device at commit: replicas are whole
         at any time, for as much memory again
+    :ivar release_communicators: give the communicators' memory back after each sync; the next one makes them anew
     :ivar checksum: sum up what is sent and what was written, and compare
     :ivar when_busy: what becomes of a call while another is under way: ``"raise"``: it is refused; ``"queue"``: it
         waits; ``"coalesce"``: it waits, and all that wait are served by one sync to the newest of their versions
@@ -66,6 +68,7 @@ class SyncOptions:
     in_flight: int = 2
     deadline_seconds: float = 300.0
     staging: Staging = "in_place"
+    release_communicators: bool = False
     checksum: bool = True
     when_busy: Literal["raise", "queue", "coalesce"] = "raise"
     retries: int = 0
@@ -83,7 +86,7 @@ class SyncOptions:
             optional = name in ("chunk_bytes", "lookahead")
             _require(isinstance(value, int) or (optional and value is None), name, value, "an integer")
 
-        _require(self.transport in ("auto", "nccl", "gloo"), "transport", self.transport, "auto, nccl or gloo")
+        _require(self.transport in get_args(Transport), "transport", self.transport, "auto, nccl, ipc or gloo")
         _require(self.budget_bytes >= _LEAST_BUDGET, "budget_bytes", self.budget_bytes, f"at least {_LEAST_BUDGET}")
         _require(
             self.chunk_bytes is None or self.chunk_bytes >= _ALIGNMENT, "chunk_bytes", self.chunk_bytes, "16 or more"

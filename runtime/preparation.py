@@ -7,16 +7,17 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from wavecast.runtime.errors import ConfigError, LayoutError, TransportUnavailable
-from wavecast.runtime.layout.shard import Layout, Place
+from wavecast.runtime.carriers import Carriers, PullRule, part_routes
+from wavecast.runtime.errors import ConfigError, LayoutError
+from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
-from wavecast.runtime.plan.tasks import build_tasks
+from wavecast.runtime.plan.tasks import build_tasks, task_routes
 from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
 from wavecast.scheduler import Schedule, plan_waves, verify
 
-__all__ = ("Only", "Preparation", "prepare", "select_names", "choose_transport")
+__all__ = ("Only", "Preparation", "prepare", "select_names")
 
 #: Which logical tensors to sync: a set of names, a predicate over names, or those in training; ``None`` for all.
 Only = Collection[str] | Callable[[str], bool] | Literal["trainable"] | None
@@ -30,8 +31,11 @@ class Preparation:
     :ivar digest: of plan and schedule; all actors' programs carry it
     :ivar programs: one an actor, and ``packed`` the same ready to be sent
     :ivar step_of: by actor, then by task id: the task's position in that actor's program
+    :ivar carriers: the ways the bytes go
     :ivar groups: sorted actor sets of three or more that broadcast among themselves, in schedule order
-    :ivar edges: sender and receiver of one-to-one tasks, in schedule order
+    :ivar edges: sender and receiver of one-to-one tasks whose bytes a communicator moves, in schedule order
+    :ivar pulls: sender and receiver of tasks that the receiver pulls, in schedule order
+    :ivar pulled_nbytes: bytes that are pulled, of ``plan.nbytes``
     :ivar reshard_seconds: to find the routes
     :ivar schedule_seconds: from routes to programs
     """
@@ -42,18 +46,26 @@ class Preparation:
     programs: tuple[Program, ...]
     packed: tuple[PackedProgram, ...]
     step_of: tuple[dict[int, int], ...]
+    carriers: Carriers
     groups: tuple[tuple[int, ...], ...]
     edges: tuple[tuple[int, int], ...]
+    pulls: tuple[tuple[int, int], ...]
+    pulled_nbytes: int
     reshard_seconds: float
     schedule_seconds: float
 
 
 def prepare(
-    sources: Sequence[Layout], destinations: Sequence[Layout], options: SyncOptions, names: frozenset[str] | None
+    sources: Sequence[Layout],
+    destinations: Sequence[Layout],
+    options: SyncOptions,
+    names: frozenset[str] | None,
+    carriers: Carriers,
 ) -> Preparation:
     """
     Plan, schedule, verify and compile.
 
+    :param carriers: the ways open to these actors
     :param names: the tensors selected, or ``None`` for all
     :raises LayoutError: when the layouts cannot be served
     """
@@ -64,22 +76,30 @@ def prepare(
 
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
     resharded = time.perf_counter()
-    tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes)
+    layouts = (*sources, *destinations)
+    plan = part_routes(plan, layouts, carriers)
+    pulled = PullRule(layouts, carriers)
+    tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes, apart=pulled)
     schedule = plan_waves(tasks, strategy=options.strategy, ports=options.ports)
     verify(schedule, tasks)
-    # What an actor does with a task depends on these two options as well, and all must agree on it.
-    digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}"
+    # What an actor does with a task depends on these as well, and all must agree on it.
+    way = f"{carriers.moved}{'+pulls' if carriers.pulls else ''}{'+kernels' if carriers.kernels else ''}"
+    digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}-{way}"
     programs = compile_programs(
         schedule,
         actors=len(sources) + len(destinations),
         digest=digest,
         bucket_bytes=options.bucket_bytes,
         checksum=options.checksum,
+        kernels=carriers.kernels,
+        pulled=pulled,
     )
     step_of = tuple({step.task: index for index, step in enumerate(program.steps)} for program in programs)
     in_order = [task for wave in schedule.waves for task in wave.tasks]
     many = [tuple(sorted(task.members)) for task in in_order if len(task.receivers) > 1]
-    one = [(task.senders[0], task.receivers[0]) for task in in_order if len(task.receivers) == 1]
+    one = [task for task in in_order if len(task.receivers) == 1]
+    fetched = [task for task in one if pulled(task_routes(task)[0])]
+    moved = [task for task in one if not pulled(task_routes(task)[0])]
     return Preparation(
         plan=plan,
         schedule=schedule,
@@ -88,7 +108,10 @@ def prepare(
         packed=pack_programs(programs),
         step_of=step_of,
         groups=tuple(dict.fromkeys(many)),
-        edges=tuple(dict.fromkeys(one)),
+        carriers=carriers,
+        edges=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in moved)),
+        pulls=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in fetched)),
+        pulled_nbytes=sum(task.nbytes for task in fetched),
         reshard_seconds=resharded - start,
         schedule_seconds=time.perf_counter() - resharded,
     )
@@ -129,33 +152,6 @@ def select_names(sources: Sequence[Layout], destinations: Sequence[Layout], only
 def _trained(sources: Sequence[Layout]) -> frozenset[str]:
     frozen = {name for layout in sources for name in layout.frozen}
     return frozenset(piece.tensor for layout in sources for piece in layout.pieces if piece.tensor not in frozen)
-
-
-def choose_transport(wanted: str, places: Sequence[Place]) -> str:
-    """
-    Return ``"nccl"`` or ``"gloo"``.
-
-    :param wanted: ``"auto"`` takes NCCL where every actor has a GPU of its own
-    :raises TransportUnavailable: when NCCL is asked for and cannot serve these actors
-    """
-    without = tuple(actor for actor, place in enumerate(places) if place.device == "cpu")
-    first: dict[Place, int] = {}
-    shared = next(
-        ((first[place], actor) for actor, place in enumerate(places) if first.setdefault(place, actor) != actor), None
-    )
-    if wanted == "nccl":
-        if without:
-            raise TransportUnavailable("NCCL moves GPU memory, these actors' shards are in host memory", actors=without)
-
-        if shared is not None:
-            raise TransportUnavailable("NCCL needs a GPU for each actor, these share one", actors=shared)
-
-        return "nccl"
-
-    if wanted == "auto" and not without and shared is None:
-        return "nccl"
-
-    return "gloo"
 
 
 def _only(layout: Layout, names: frozenset[str]) -> Layout:

@@ -78,10 +78,13 @@ class SyncReport:
     :ivar waves: waves, and ``bound_waves`` the fewest possible that is known
     :ivar makespan_bytes: sum over the waves of the largest task, and ``bound_bytes`` the busiest port's bytes
     :ivar strategy: the colouring really used
-    :ivar transport: ``"nccl"`` or ``"gloo"``
+    :ivar transport: the ways that tasks took: ``"ipc"``, ``"nccl"``, ``"gloo"``, or two of them joined by ``+``
+    :ivar pulled_nbytes: bytes that receivers pulled out of their senders' memory, of ``nbytes``
+    :ivar transport_reasons: why faster ways were not taken
     :ivar device: ``"cuda"`` or ``"cpu"``: where the destinations' shards are
     :ivar staging_bytes: the most extra memory an actor holds for staging
     :ivar communicator_bytes: the most device memory an actor's communicators took, where it can be measured
+    :ivar host_seconds: the most that an actor's threads spent on the steps, waits left out
     :ivar connected: whether communicators were made in this sync
     :ivar planned: whether a plan was made in this sync
     :ivar seconds: by phase
@@ -113,9 +116,12 @@ class SyncReport:
     strategy: str
     ports: Literal["half", "full"] | str
     transport: str
+    pulled_nbytes: int
+    transport_reasons: tuple[str, ...]
     device: str
     staging_bytes: int
     communicator_bytes: int
+    host_seconds: float
     connected: bool
     planned: bool
     seconds: PhaseSeconds

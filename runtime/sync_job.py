@@ -199,6 +199,9 @@ def sync_as_json(outcome: SyncOutcome) -> dict[str, object]:
             }
             for report in outcome.reports
         ],
+        "host_seconds": [report.host_seconds for report in outcome.reports],
+        "transport_reasons": list(first.transport_reasons),
+        "pulled_nbytes": first.pulled_nbytes,
         "extra_bytes_peak": max(report.staging_bytes for report in outcome.reports),
         "communicator_bytes": max(report.communicator_bytes for report in outcome.reports),
     }

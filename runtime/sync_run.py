@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import anyio
 import anyio.to_thread
 
 from wavecast.runtime import errors
+from wavecast.runtime.carriers import Ability, Carriers, choose_carriers
 from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.connection import Connection
 from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.preparation import Only, Preparation, choose_transport, prepare, select_names
+from wavecast.runtime.preparation import Only, Preparation, prepare, select_names
 from wavecast.runtime.report import HookSeconds, PhaseSeconds, SyncReport
 from wavecast.runtime.stopwatch import Stopwatch
 from wavecast.runtime.transfer.messages import (
@@ -26,7 +27,6 @@ from wavecast.runtime.transfer.messages import (
     Described,
     Done,
     Excerpt,
-    Finish,
     Finished,
     Probe,
     RunId,
@@ -43,6 +43,8 @@ __all__ = ("Progress", "SyncRequest", "Known", "SyncRun")
 #: After the deadline: to end what is running on the actors.
 _ABORT_SECONDS = 0.7
 _PRECEDENCE_SECONDS = 0.1
+#: How much later than a step's the failure of a begin may come that is its cause.
+_BEGIN_SECONDS = 0.05
 
 Progress = Callable[[TaskReceipt], object]
 
@@ -82,6 +84,7 @@ class Known:
     :ivar versions: of the replicas
     :ivar layouts: by digest
     :ivar prepared: the last preparation, with what it was made for
+    :ivar refused: pairs of sender and receiver of which the receiver could not map the sender's memory
     """
 
     def __init__(self, actors: RayActors, sources: int, replicas: tuple[range, ...], versions: Versions) -> None:
@@ -92,6 +95,16 @@ class Known:
         self.connection = Connection(actors)
         self.layouts: dict[str, Layout] = {}
         self.prepared: tuple[tuple[object, ...], Preparation] | None = None
+        self.refused: frozenset[tuple[int, int]] = frozenset()
+        self._chosen: tuple[object, Carriers] | None = None
+
+    def carriers(self, wanted: str, abilities: tuple[Ability, ...]) -> Carriers:
+        """Return the ways open to the actors, as :func:`choose_carriers` finds them."""
+        if self._chosen is None or self._chosen[0] != (abilities, self.refused):
+            carriers = choose_carriers(wanted, abilities, refused=self.refused)
+            self._chosen = ((abilities, self.refused), carriers)
+
+        return self._chosen[1]
 
 
 class SyncRun:
@@ -120,6 +133,7 @@ class SyncRun:
         self._ends = time.monotonic() + request.seconds_left
         self._owing: tuple[int, ...] = ()
         self._aborted = False
+        self._finished: dict[int, Finished] = {}
         self._preparation: Preparation | None = None
         self._commit: CommitPhase | None = None
 
@@ -130,52 +144,131 @@ class SyncRun:
         :raises SyncError: the class that fits
         """
         watch, request = self.watch, self.request
-        with watch.measure("describe"):
-            began, version = await self._open()
-
-        with watch.measure("plan"):
-            preparation, planned = await self._prepare(began, request.only)
-            self._preparation = preparation
-
-        places = [reply.place for reply in began]
-        transport = choose_transport(self._options.transport, places)
-        with watch.measure("connect"):
-            connected = await self._connection.ensure(
-                preparation, transport, run=self._name, seconds=self._seconds_left
-            )
-
         start = time.perf_counter()
-        outcome = RunReport(0.0, ())
-        finished: dict[int, Finished] = {}
-        if not request.dry_run:
-            with watch.measure("transfer"):
-                outcome = await self._transfer(preparation)
+        early = self._preparation = self._expected()
+        if early is not None:
+            self.version = self._known.versions.next(request.version)
 
+        ahead = await self._run_ahead(early) if early is not None else None
+        if early is not None and ahead is not None:
+            preparation, planned, connected = early, False, False
+            began, outcome = ahead
+        else:
+            with watch.measure("describe"):
+                began = await self._open()
+                await self._learn_layouts(began)
+
+            preparation, planned, connected = await self._make_ready(began)
+            self._preparation = preparation
+            start = time.perf_counter()
+            outcome = RunReport(0.0, ())
+            if not request.dry_run:
+                with watch.measure("transfer"):
+                    outcome = await self._transfer(preparation)
+
+        if not request.dry_run:
             with watch.measure("verify"):
-                finished = await self._finish(preparation)
+                if self._options.checksum:
+                    _compare_checksums(self._finished, preparation)
+
                 if request.validate:
                     await self._validate(preparation)
 
         with watch.measure("commit"):
-            commit = self._commit = CommitPhase(self._actors, self._name, began, request.dry_run)
-            hooks = await commit.go_through(self._versions_to_commit(version))
+            if self._options.release_communicators and self._connection.transport:
+                await self._connection.release(self._name)
 
-        report = self._report(
-            preparation,
-            outcome,
-            finished.values(),
-            planned=planned,
-            connected=connected,
-            device=places[-1].device,
-        )
+            commit = self._commit = CommitPhase(self._actors, self._name, began, request.dry_run)
+            hooks = await commit.go_through(self._versions_to_commit())
+
+        report = self._report(preparation, outcome, planned=planned, connected=connected, device=began[-1].place.device)
         return replace(
             report,
-            version=version,
             staging=self._options.staging,
             shadow_bytes=max(reply.shadow_bytes for reply in began),
             pause_seconds=self._pause_seconds(start, hooks),
             hooks=hooks,
         )
+
+    def _expected(self) -> Preparation | None:
+        """
+        Return what this sync will in all likelihood do, when its steps may be asked for before that is certain.
+
+        They may where all is pulled: a receiver begins with no sender that has not begun this run, or whose memory is
+        no longer where it was, and no collective can be entered by some and not by others.
+        """
+        known, request = self._known, self.request
+        if known.prepared is None or request.only is not None or request.validate or request.dry_run:
+            return None
+
+        (*_, names), preparation = known.prepared
+        staged = preparation.edges or preparation.groups
+        return preparation if names is None and not staged and self._connection.serves(preparation) else None
+
+    async def _run_ahead(self, preparation: Preparation) -> tuple[list[Began], RunReport] | None:
+        """
+        Begin and transfer at once; return nothing, with the run ended, when the actors turn out to hold other layouts.
+
+        :raises SyncError: the failure of the begin, if there was one, else that of the transfer
+        """
+        found: list[Began] = []
+        failures: list[errors.SyncError] = []
+        moving = anyio.CancelScope()
+
+        async def begin() -> None:
+            try:
+                found.extend(await self._begin())
+            except errors.SyncError as error:
+                failures.insert(0, error)
+
+            if failures or not self._fits(found, preparation):
+                moving.cancel()
+
+        outcome: RunReport | None = None
+        with self.watch.measure("transfer"):
+            async with anyio.create_task_group() as group:
+                group.start_soon(begin)
+                with moving:
+                    # The begins leave first: an actor takes its calls in the order in which they were sent.
+                    await anyio.lowlevel.checkpoint()
+                    try:
+                        outcome = await self._transfer(preparation)
+                    except errors.SyncError as error:
+                        failures.append(error)
+                        # What failed may be a begin, which then tells more.
+                        await anyio.sleep(_BEGIN_SECONDS)
+                        group.cancel_scope.cancel()
+
+        if failures:
+            raise failures[0]
+
+        if outcome is not None and self._fits(found, preparation):
+            return found, outcome
+
+        await self.abort("the actors hold other layouts than the last time")
+        self._name = RunId(self._name.group, time.time_ns())
+        self._aborted = False
+        self._finished = {}
+        return None
+
+    def _fits(self, began: list[Began], preparation: Preparation) -> bool:
+        """Tell whether the actors are as they were when ``preparation`` was made, where they were, and not ahead."""
+        known = self._known.prepared
+        return (
+            len(began) == len(self._actors)
+            and not self._overtaken()
+            and known is not None
+            and known[0] == self._key(began, None)
+            and self._connection.knows(preparation, [reply.addresses for reply in began])
+        )
+
+    def _overtaken(self) -> bool:
+        """Tell whether an actor has said meanwhile that a replica is at this version already, or behind it."""
+        newest, version = self._known.versions.newest, self.version
+        if newest is None or version is None:
+            return False
+
+        return version < newest or (self.request.version is None and version == newest)
 
     def settle(self) -> None:
         """
@@ -238,6 +331,29 @@ class SyncRun:
         error.tasks = tuple(task.id for task in unfinished)
         return error
 
+    async def _make_ready(self, began: list[Began]) -> tuple[Preparation, bool, bool]:
+        """Plan and connect; where a receiver cannot map a sender's memory, once more without."""
+        while True:
+            with self.watch.measure("plan"):
+                preparation, planned = await self._prepare(began, self.request.only)
+
+            try:
+                with self.watch.measure("connect"):
+                    connected = await self._connection.ensure(
+                        preparation,
+                        [reply.addresses for reply in began],
+                        run=self._name,
+                        seconds=lambda: self._seconds_left,
+                    )
+            except errors.TransportUnavailable as error:
+                refused = {pair for pair in preparation.pulls if pair[1] in error.actors}
+                if self._options.transport != "auto" or not refused:
+                    raise
+
+                self._known.refused |= refused
+            else:
+                return preparation, planned, connected
+
     @property
     def _seconds_left(self) -> float:
         return max(self._ends - time.monotonic(), 0.001)
@@ -251,9 +367,9 @@ class SyncRun:
 
         return time.perf_counter() - start - hooks.before_commit - hooks.after_commit
 
-    async def _open(self) -> tuple[list[Began], int]:
+    async def _open(self) -> list[Began]:
         """
-        Begin on all actors, and return what they say and the version to bring them to.
+        Settle on a version, begin on all actors, and return what they say.
 
         At the first contact their versions are asked for before: an earlier driver may have brought them anywhere. One
         that did so since shows at the begin; where the version was left open, the run begins again behind it.
@@ -264,15 +380,14 @@ class SyncRun:
         if not versions.met:
             await self.ask_versions()
 
-        version = self.version = versions.next(self.request.version)
-        began = await self._begin(version)
-        if self.request.version is None and versions.newest is not None and version <= versions.newest:
+        self.version = versions.next(self.request.version)
+        began = await self._begin()
+        if self._overtaken():
             self._name = RunId(self._name.group, time.time_ns())
-            version = self.version = versions.next(None)
-            began = await self._begin(version)
+            self.version = versions.next(self.request.version)
+            began = await self._begin()
 
-        versions.next(version)
-        return began, version
+        return began
 
     async def ask_versions(self) -> None:
         """Ask the replicas' actors for their versions, and note what they say. Outside of a run as well."""
@@ -282,15 +397,15 @@ class SyncRun:
     def _observe(self, standings: Mapping[int, Standing]) -> None:
         self._known.versions.observe([[standings[actor] for actor in replica] for replica in self._known.replicas])
 
-    async def _begin(self, version: int) -> list[Began]:
-        """Let all actors read their shards, and fetch each layout that is not known yet from one of its holders."""
+    async def _begin(self) -> list[Began]:
+        """Let all actors read their shards."""
         in_shadow = self._options.staging == "shadow"
         requests = {
             actor: Begin(
                 self._name,
                 actor,
                 scan=self.request.validate and actor < self._sources,
-                version=None if self.request.from_peer and actor < self._sources else version,
+                version=None if self.request.from_peer and actor < self._sources else self.version,
                 shadow=in_shadow and actor >= self._sources,
             )
             for actor in range(len(self._actors))
@@ -311,7 +426,10 @@ class SyncRun:
                     actors=(actor,),
                 )
 
-        began = [replies[actor] for actor in range(len(self._actors))]
+        return [replies[actor] for actor in range(len(self._actors))]
+
+    async def _learn_layouts(self, began: list[Began]) -> None:
+        """Fetch each layout that is not known yet from one of its holders."""
         holders = {reply.digest: actor for actor, reply in enumerate(began) if reply.digest not in self._known.layouts}
         described = await self._actors.ask_all(dict.fromkeys(holders.values(), Describe(self._name)), Described)
         for digest, actor in holders.items():
@@ -319,19 +437,26 @@ class SyncRun:
 
         current = {reply.digest for reply in began}
         self._known.layouts = {digest: layout for digest, layout in self._known.layouts.items() if digest in current}
-        return began
+
+    def _carriers(self, began: list[Began]) -> Carriers:
+        abilities = tuple(Ability(reply.place, reply.unshared, reply.kernels) for reply in began)
+        return self._known.carriers(self._options.transport, abilities)
+
+    def _key(self, began: list[Began], names: frozenset[str] | None) -> tuple[object, ...]:
+        return tuple((reply.digest, reply.place) for reply in began), self._carriers(began), names
 
     async def _prepare(self, began: list[Began], only: Only) -> tuple[Preparation, bool]:
         layouts = [replace(self._known.layouts[reply.digest], place=reply.place) for reply in began]
         sources, destinations = layouts[: self._sources], layouts[self._sources :]
         names = select_names(sources, destinations, only)
-        key = (tuple((reply.digest, reply.place) for reply in began), names)
+        carriers = self._carriers(began)
+        key = self._key(began, names)
         if self._known.prepared is not None and self._known.prepared[0] == key:
             return self._known.prepared[1], False
 
         # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on.
         preparation = await anyio.to_thread.run_sync(
-            prepare, sources, destinations, self._options, names, abandon_on_cancel=True
+            prepare, sources, destinations, self._options, names, carriers, abandon_on_cancel=True
         )
         self._known.prepared = (key, preparation)
         return preparation, True
@@ -346,7 +471,12 @@ class SyncRun:
                 )
                 for member in task.members
             ]
-            return await self._actors.answers(refs, StepDone)
+            replies = await self._actors.answers(refs, StepDone)
+            for member, reply in zip(task.members, replies, strict=True):
+                if reply.finished is not None:
+                    self._finished[member] = reply.finished
+
+            return replies
 
         async def abort(tasks: tuple[Task, ...]) -> None:
             await self.abort(f"task {tasks[0].id} was given up" if tasks else "the run was given up")
@@ -370,17 +500,6 @@ class SyncRun:
         except RunTimeout as timeout:
             raise self.timeout(timeout.unfinished) from timeout
 
-    async def _finish(self, preparation: Preparation) -> dict[int, Finished]:
-        """Wait until all that was written is in place, and compare the sums of both ends."""
-        requests = {
-            program.actor: Finish(self._name, self._seconds_left) for program in preparation.programs if program.steps
-        }
-        finished = await self._actors.ask_all(requests, Finished)
-        if self._options.checksum:
-            _compare_checksums(finished, preparation)
-
-        return finished
-
     async def _validate(self, preparation: Preparation) -> None:
         """Compare, task by task, what receivers hold with what the sender holds, over Ray's object store."""
         for wave in preparation.schedule.waves:
@@ -388,9 +507,7 @@ class SyncRun:
                 sender = task.senders[0]
                 excerpt = self._actors.start(sender, Probe(self._name, preparation.step_of[sender][task.id]))
                 refs = [
-                    self._actors.start(
-                        receiver, Compare(self._name, preparation.step_of[receiver][task.id]), attachment=excerpt
-                    )
+                    self._actors.start(receiver, Compare(self._name, preparation.step_of[receiver][task.id]), excerpt)
                     for receiver in task.receivers
                 ]
                 replies = await self._actors.answers(refs, Done)
@@ -403,12 +520,12 @@ class SyncRun:
                             task=task.id,
                         )
 
-    def _versions_to_commit(self, version: int) -> dict[int, int | None]:
+    def _versions_to_commit(self) -> dict[int, int | None]:
         """Return what each actor takes on: sources keep what they have, and so do replicas that stay not whole."""
         versions: dict[int, int | None] = dict.fromkeys(range(len(self._actors)))
         for index, replica in enumerate(self._known.replicas):
             if self._makes_whole(index) and not self.request.dry_run:
-                versions.update(dict.fromkeys(replica, version))
+                versions.update(dict.fromkeys(replica, self.version))
 
         return versions
 
@@ -420,7 +537,6 @@ class SyncRun:
         self,
         preparation: Preparation,
         outcome: RunReport,
-        finished: Iterable[Finished],
         *,
         planned: bool,
         connected: bool,
@@ -443,10 +559,13 @@ class SyncRun:
             gap=schedule.gap,
             strategy=schedule.strategy,
             ports=schedule.ports,
-            transport=self._connection.transport,
+            transport=_describe_transport(preparation),
+            pulled_nbytes=preparation.pulled_nbytes,
+            transport_reasons=preparation.carriers.reasons,
             device="cpu" if device == "cpu" else "cuda",
-            staging_bytes=max((reply.staging_bytes for reply in finished), default=0),
+            staging_bytes=max((reply.staging_bytes for reply in self._finished.values()), default=0),
             communicator_bytes=self._connection.communicator_bytes,
+            host_seconds=max((reply.host_seconds for reply in self._finished.values()), default=0.0),
             connected=connected,
             planned=planned,
             seconds=PhaseSeconds(
@@ -463,6 +582,15 @@ class SyncRun:
             run=outcome,
             digest=preparation.digest,
         )
+
+
+def _describe_transport(preparation: Preparation) -> str:
+    """Return the ways that this plan's tasks really take."""
+    ways = ["ipc"] if preparation.pulls else []
+    if preparation.groups or preparation.edges:
+        ways += [way for way in [preparation.carriers.moved] if way not in ways]
+
+    return "+".join(ways) or preparation.carriers.moved
 
 
 def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:

@@ -103,17 +103,20 @@ class Layout:
     :ivar pieces: in the order the actor gave its shards
     :ivar place: where, if known: the planner prefers near senders
     :ivar frozen: names of the tensors held of which no shard is trainable, in the order of the pieces
+    :ivar computed: names of the tensors held of which some shard is worked out as it is sent
     """
 
     pieces: tuple[Piece, ...]
     place: Place | None = None
     frozen: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
 
 
 def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
-    """Return the layout of ``shards``: names, boxes, shapes, dtypes and what is frozen, without the memory."""
+    """Return the layout of ``shards``: names, boxes, dtypes, what is frozen, what is computed, but no memory."""
     pieces: list[Piece] = []
     frozen: dict[str, None] = {}
+    computed: dict[str, None] = {}
     trained: set[str] = set()
     for shard in shards:
         pieces.append(Piece(shard.name, shard.box, shard.global_shape, str(shard.view.dtype).removeprefix("torch.")))
@@ -122,7 +125,10 @@ def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
         else:
             frozen[shard.name] = None
 
-    return Layout(tuple(pieces), place, tuple(name for name in frozen if name not in trained))
+        if isinstance(shard.view, Computed):
+            computed[shard.name] = None
+
+    return Layout(tuple(pieces), place, tuple(name for name in frozen if name not in trained), tuple(computed))
 
 
 def _check_fit(name: str, offset: tuple[int, ...], extent: tuple[int, ...], shape: tuple[int, ...]) -> None:

@@ -14,12 +14,11 @@ __all__ = ("cut_run", "choose_chunk_bytes", "MIN_CHUNK_BYTES", "MAX_CHUNK_BYTES"
 
 #: Below this a link is far from its speed: NCCL reaches 138 GB/s at 16 MiB, 349 at 1 GiB.
 MIN_CHUNK_BYTES = 16 << 20
-#: Above this nothing is gained: 15 GB between two H200 took 67 ms in tasks of 1 GiB, 59 of 2 GiB and 58 of 4 GiB.
-MAX_CHUNK_BYTES = 2 << 30
+#: A task is one call of each of its actors: a failure is noticed, and a deadline kept, within its time.
+MAX_CHUNK_BYTES = 16 << 30
 
-_CHUNKS_PER_PORT = 8  # at least so many, to overlap packing with the wire and to leave the schedule room
-_FINEST = 4  # the search goes down to one part in so many of that
-_START_NBYTES = 16 << 20  # what a link could have moved while a message starts
+_FINEST = 32  # the search goes down to one part in so many of the busiest port's bytes
+_START_NBYTES = 64 << 20  # what a link could have moved while a call reaches an actor and its answer the driver
 _KINDS, _COUNTS, _SIZES = 8, 24, 256  # how far the search looks
 _EVEN = 256  # chunks may differ by one part in so many where that spares cutting a row
 _SMALLEST = max(ITEMSIZE.values())
@@ -31,12 +30,14 @@ def choose_chunk_bytes(
     """
     Return the chunk size for runs of ``run_nbytes`` bytes each, when the busiest port moves ``port_nbytes``.
 
-    Between an eighth and a thirty-second of the busiest port's bytes, and between ``min_chunk_bytes`` and 2 GiB. Within
-    that the size that makes chunks of different runs most alike, since a wave lasts as long as its largest task: runs
-    of 600 and 900 MB are best cut in 300 MB. Each chunk is charged its start, so coarse wins where it is as good.
+    Between a thirty-second and all of the busiest port's bytes, and between ``min_chunk_bytes`` and 16 GiB. Within that
+    the size that makes chunks of different runs most alike, since a wave lasts as long as its largest task: runs of
+    600 and 900 MB are best cut in 300 MB. Each chunk is charged its start, so coarse wins where it is as good: where
+    all runs are of one size none is cut. (Tasks need not be small for packing to overlap the wire: their buckets are.)
     """
-    most = max(min_chunk_bytes, min(MAX_CHUNK_BYTES, -(-port_nbytes // _CHUNKS_PER_PORT)))
+    most = max(min_chunk_bytes, min(MAX_CHUNK_BYTES, port_nbytes))
     least = max(min_chunk_bytes, most // _FINEST)
+    start = min(_START_NBYTES, max(port_nbytes // _FINEST, 1))
     runs = Counter(run_nbytes)
     heaviest = sorted(runs, key=lambda nbytes: (-nbytes * runs[nbytes], nbytes))[:_SIZES]
     candidates = {most}
@@ -50,7 +51,7 @@ def choose_chunk_bytes(
         largest = max((nbytes / count for nbytes, count, _ in cut), default=0.0)
         # A task more than half as long as the longest shares a wave with one of that length, as a rule.
         return sum(
-            times * count * (_START_NBYTES + (largest if 2 * nbytes > largest * count else nbytes / count))
+            times * count * (start + (largest if 2 * nbytes > largest * count else nbytes / count))
             for nbytes, count, times in cut
         )
 

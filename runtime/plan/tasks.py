@@ -14,10 +14,16 @@ from wavecast.scheduler.task import Task
 __all__ = ("build_tasks", "task_routes", "relabel", "group_routes")
 
 _Members = tuple[int, tuple[int, ...]]
+#: Members of a run of bytes, and what ``apart`` says of its routes.
+_Run = tuple[int, tuple[int, ...], bool]
 
 
 def build_tasks(
-    plan: ReshardPlan, *, chunk_bytes: int | None = None, min_chunk_bytes: int = MIN_CHUNK_BYTES
+    plan: ReshardPlan,
+    *,
+    chunk_bytes: int | None = None,
+    min_chunk_bytes: int = MIN_CHUNK_BYTES,
+    apart: Callable[[Route], bool] | None = None,
 ) -> tuple[Task, ...]:
     """
     Return the tasks that move ``plan``'s routes, with ids from 0 in their order.
@@ -30,21 +36,27 @@ def build_tasks(
     :param chunk_bytes: the most bytes of a task; left out it follows from the busiest actor's bytes and the runs'
     :param min_chunk_bytes: the least that is chosen when ``chunk_bytes`` is left out; a run shorter than that is one
         task
+    :param apart: routes of which this says different things never share a task
     :raises ConfigError: when ``chunk_bytes`` is less than an element
     """
     with paused_collector():
-        return _build(plan, chunk_bytes, min_chunk_bytes)
+        return _build(plan, chunk_bytes, min_chunk_bytes, apart)
 
 
-def _build(plan: ReshardPlan, chunk_bytes: int | None, min_chunk_bytes: int) -> tuple[Task, ...]:
-    groups = group_routes(plan.routes)
+def _build(
+    plan: ReshardPlan, chunk_bytes: int | None, min_chunk_bytes: int, apart: Callable[[Route], bool] | None
+) -> tuple[Task, ...]:
+    groups: dict[_Run, tuple[Route, ...]] = {}
+    for kind, routes in _kinds(plan.routes, apart):
+        groups.update(((*members, kind), found) for members, found in group_routes(routes).items())
+
     if chunk_bytes is None:
         busiest = max((*plan.sent_nbytes(), *plan.received_nbytes()), default=0)
         runs = (sum(route.nbytes for route in routes) for routes in groups.values())
         chunk_bytes = choose_chunk_bytes(busiest, runs, min_chunk_bytes=min_chunk_bytes)
 
     rank = {members: place for place, members in enumerate(sorted(groups, key=_diagonal(groups)))}
-    chunks: list[tuple[float, int, _Members, tuple[Route, ...]]] = []
+    chunks: list[tuple[float, int, _Run, tuple[Route, ...]]] = []
     for members, routes in groups.items():
         cut = cut_run(routes, chunk_bytes=chunk_bytes)
         for number, payload in enumerate(cut):
@@ -101,14 +113,22 @@ def relabel(task: Task) -> Task:
     return replace(task, payload=tuple(replace(route, sender=sender, receivers=receivers) for route in routes))
 
 
-def _diagonal(groups: Iterable[_Members]) -> Callable[[_Members], tuple[int, int]]:
+def _kinds(routes: tuple[Route, ...], apart: Callable[[Route], bool] | None) -> list[tuple[bool, tuple[Route, ...]]]:
+    if apart is None:
+        return [(False, routes)]
+
+    said = [(apart(route), route) for route in routes]
+    return [(kind, tuple(route for found, route in said if found is kind)) for kind in (False, True)]
+
+
+def _diagonal(groups: Iterable[_Run]) -> Callable[[_Run], tuple[int, int, bool]]:
     """Return a sort key that walks the (sender, receivers) table along its diagonals."""
     members = list(groups)
-    row = {sender: place for place, sender in enumerate(sorted({sender for sender, _ in members}))}
-    column = {receivers: place for place, receivers in enumerate(sorted({receivers for _, receivers in members}))}
+    row = {sender: place for place, sender in enumerate(sorted({run[0] for run in members}))}
+    column = {receivers: place for place, receivers in enumerate(sorted({run[1] for run in members}))}
 
-    def key(member: _Members) -> tuple[int, int]:
-        sender, receivers = member
-        return (column[receivers] - row[sender]) % len(column), row[sender]
+    def key(run: _Run) -> tuple[int, int, bool]:
+        sender, receivers, kind = run
+        return (column[receivers] - row[sender]) % len(column), row[sender], kind
 
     return key

@@ -15,12 +15,14 @@ import torch
 
 from wavecast.runtime import errors
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
-from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTimeout
+from wavecast.runtime.transfer.comm import CommunicatorError, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
 from wavecast.runtime.transfer.hooks import Hook, Hooks, call_hooks, call_hooks_async
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
     Abort,
+    Addresses,
+    Attach,
     Began,
     Begin,
     Close,
@@ -30,10 +32,12 @@ from wavecast.runtime.transfer.messages import (
     Connect,
     Describe,
     Described,
+    Disconnect,
     Done,
     Excerpt,
+    Export,
+    Exported,
     Failure,
-    Finish,
     HookDone,
     HostStore,
     Load,
@@ -48,8 +52,10 @@ from wavecast.runtime.transfer.messages import (
     StoreAddress,
 )
 from wavecast.runtime.transfer.program import Program
-from wavecast.runtime.transfer.session import Run, Session
+from wavecast.runtime.transfer.pull import why_not_shared
+from wavecast.runtime.transfer.session import Run, Session, pass_on
 from wavecast.runtime.transfer.shadow import Shadow
+from wavecast.runtime.transfer.tables import has_kernels
 
 __all__ = ("Agent", "Host")
 
@@ -99,6 +105,11 @@ class Agent:
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._latest = 0
+        self._memory: Memory | None = None
+        self._moves = 0
+        self._early: list[tuple[RunStep, Future[Reply]]] = []
+        self._place: tuple[torch.device, Place] | None = None
+        self._unshared = ""
         self._layout = Layout(())
         self._signature: tuple[object, ...] | None = None
         self._digest = ""
@@ -106,6 +117,7 @@ class Agent:
         self._writing: int | None = None
         self._was_torn = False
         self._shadow: Shadow | None = None
+        self._shadow_of: Memory | None = None
         self._in_shadow = False
         self._live: tuple[Shard, ...] = ()
         self._received: dict[str, frozenset[str]] = {}
@@ -124,11 +136,11 @@ class Agent:
         """Version and torn, as they are told to drivers."""
         return Standing(self.version, self.torn, self._writing if self.torn else None)
 
-    def serve(self, request: Request, host: Host, attachment: object = None) -> Reply:
+    def serve(self, request: Request, host: Host, *attachments: object) -> Reply:
         """Answer ``request``, blocking. A cancelled call gives up its run and returns within the grace time."""
         try:
             seconds = self._call_before(request)
-            future = self._start(request, host, attachment, seconds)
+            future = self._start(request, host, attachments, seconds)
             while not future.done():
                 wait((future,), timeout=_LOOK_SECONDS)
                 if not future.done() and host.cancelled():
@@ -140,11 +152,11 @@ class Agent:
         except Exception as error:
             return self._failed(request, error)
 
-    async def serve_async(self, request: Request, host: Host, attachment: object = None) -> Reply:
+    async def serve_async(self, request: Request, host: Host, *attachments: object) -> Reply:
         """Answer ``request`` on an actor's event loop, without blocking it while bytes move."""
         try:
             seconds = await self._call_before_async(request)
-            future = self._start(request, host, attachment, seconds)
+            future = self._start(request, host, attachments, seconds)
             reply = await asyncio.wrap_future(future)
             await call_hooks_async(self._hooks.after(request), log_errors=True)
             return reply
@@ -180,7 +192,9 @@ class Agent:
         if isinstance(request, RunHook) and request.hook == "before_commit":
             self._session(request.run).current(request.run)
 
-    def _start(self, request: Request, host: Host, attachment: object, hook_seconds: float) -> Future[Reply]:
+    def _start(
+        self, request: Request, host: Host, attachments: tuple[object, ...], hook_seconds: float
+    ) -> Future[Reply]:
         """Answer what is answered at once; hand the rest to the session's own thread."""
         match request:
             case Status():
@@ -195,20 +209,25 @@ class Agent:
                 self._give_up(request, request.reason)
                 return _answered(Done())
 
+        if isinstance(request, RunStep):
+            return self._step(request)
+
         session = self._session(request.run)
         match request:
-            case RunStep():
-                return session.enqueue(request)
             case Connect():
                 return session.connect(request, host.address())
             case Load():
                 return session.lane.submit(lambda: self._load(session, request))
-            case Finish():
-                return session.lane.submit(lambda: session.finish(request.run, Deadline(request.seconds)))
+            case Export():
+                return session.lane.submit(lambda: Exported(session.export(request.run)))
+            case Attach():
+                return session.lane.submit(lambda: self._attach(session, request, attachments))
+            case Disconnect():
+                return session.lane.submit(lambda: self._disconnect(session, request))
             case Probe():
                 return session.lane.submit(lambda: self._probe(session, request))
             case Compare():
-                return session.lane.submit(lambda: self._compare(session, request, attachment))
+                return session.lane.submit(lambda: self._compare(session, request, attachments))
             case Describe():
                 session.current(request.run)
                 return _answered(Described.of(self._layout))
@@ -220,7 +239,7 @@ class Agent:
 
     def _failed(self, request: Request, error: Exception) -> Failure:
         """Turn an exception into an answer. A failed transport is dropped: its other members get the same."""
-        if isinstance(request, RunStep | Finish | Connect):
+        if isinstance(request, RunStep | Connect):
             self._give_up(request, f"{type(error).__name__}: {error}")
 
         return _failure(error)
@@ -240,20 +259,35 @@ class Agent:
 
         return session
 
+    # Steps, which may come before the begin of their run where calls have no order.
+
+    def _step(self, request: RunStep) -> Future[Reply]:
+        with self._lock:
+            if request.run.serial > self._latest:
+                future: Future[Reply] = Future()
+                future.set_running_or_notify_cancel()
+                self._early.append((request, future))
+                return future
+
+        return self._session(request.run).enqueue(request)
+
+    def _take_up(self, request: RunStep, outer: Future[Reply]) -> None:
+        """Go on with a step that came early, now that a run has begun: its own, or a later one."""
+        try:
+            inner = self._step(request)
+        except Exception as error:
+            outer.set_exception(error)
+        else:
+            pass_on(inner, outer)
+
     # What is answered at once.
 
     def _begin(self, request: Begin, host: Host, hook_seconds: float) -> Began:
         if self._hooks.abandoned:
             raise errors.SyncAborted("the run was given up while its hook was called")
 
-        shards = _listed(self._shards())
-        for shard in shards:
-            if not isinstance(shard, Shard):
-                raise errors.LayoutError(
-                    f"transfer_shards() must return Shard values, got {type(shard).__name__}", actors=(request.actor,)
-                )
-
-        live = Memory(shards)
+        live = self._read_shards(request.actor)
+        shards = live.shards
         nan = count_nan(shards) if request.scan else ()
         with self._lock:
             if request.run.serial < self._latest:
@@ -264,17 +298,22 @@ class Agent:
                 if session.run is not None and session.run.name != request.run:
                     session.give_up(session.run.name, "another sync, of this group or of another, began on this actor")
 
+            if live is not self._memory:
+                self._memory = live
+                self._moves += 1
+                self._unshared = why_not_shared(live) if live.device.type == "cuda" else "it is host memory"
+
             if live.signature != self._signature:
                 self._signature = live.signature
                 self._layout = describe(shards)
                 self._digest = _digest(self._layout)
 
             before = self.standing
-            memory = self._second_copy(shards).memory if request.shadow else live
+            memory = self._second_copy(live).memory if request.shadow else live
             run = Run(request.run, request.actor, memory)
             self._was_torn = before.torn
             self._in_shadow = request.shadow
-            self._live = tuple(shards) if request.shadow else ()
+            self._live = shards if request.shadow else ()
             run.wrote = before.torn and not request.shadow
             self._written_by = run
             if request.version is not None:
@@ -286,25 +325,57 @@ class Agent:
                 own = self._sessions[request.run.group] = self._make_session()
 
             own.run = run
+            own.ring(run)
+            early, self._early = self._early, []
+
+        for waiting, future in early:
+            self._take_up(waiting, future)
 
         return Began(
             digest=self._digest,
-            place=Place(host.node(), _device_name(live.device)),
+            place=self._locate(host, live.device),
             nan=nan,
             standing=before,
+            addresses=self._moves,
+            unshared=self._unshared,
+            kernels=live.device.type == "cuda" and has_kernels(),
             hooks=self._hooks.names,
             hook_seconds=hook_seconds,
             shadow_bytes=self._shadow.nbytes if self._shadow is not None and request.shadow else 0,
         )
 
-    def _second_copy(self, shards: list[Shard]) -> Shadow:
-        """Return what a run writes to in place of ``shards``: allocated once a layout."""
-        if self._shadow is None or not self._shadow.fits(shards):
-            # The old one goes first: there may be no room for both.
-            self._shadow = None
-            self._shadow = Shadow(shards)
+    def _locate(self, host: Host, device: torch.device) -> Place:
+        """Return where the shards are; an actor never leaves its node, so only its device may change."""
+        if self._place is None or self._place[0] != device:
+            self._place = (device, Place(host.node(), _device_name(device)))
 
-        return self._shadow
+        return self._place[1]
+
+    def _read_shards(self, actor: int) -> Memory:
+        """Ask the user's hook; what it returned the last time is taken as it was where it has not changed."""
+        shards = _listed(self._shards())
+        if self._memory is not None and self._memory.holds_still(shards):
+            return self._memory
+
+        for shard in shards:
+            if not isinstance(shard, Shard):
+                raise errors.LayoutError(
+                    f"transfer_shards() must return Shard values, got {type(shard).__name__}", actors=(actor,)
+                )
+
+        return Memory(shards)
+
+    def _second_copy(self, live: Memory) -> Shadow:
+        """Return what a run writes to in place of ``live``: allocated once a layout."""
+        shadow, of = self._shadow, self._shadow_of
+        if shadow is None or (live is not of and not shadow.fits(live.shards)):
+            # The old one goes first: there may be no room for both.
+            del shadow
+            self._shadow = None
+            shadow = self._shadow = Shadow(live.shards)
+
+        self._shadow_of = live
+        return shadow
 
     def _commit(self, session: Session, request: Commit) -> Committed:
         with self._lock:
@@ -334,7 +405,7 @@ class Agent:
             session = self._sessions.pop(request.group, None)
             self._received.pop(request.group, None)
             if not self._sessions:
-                self._shadow, self._live = None, ()
+                self._shadow, self._shadow_of, self._live = None, None, ()
 
         if session is not None:
             session.close()
@@ -354,8 +425,28 @@ class Agent:
         run = session.current(request.run)
         return Excerpt(read_step(session.buckets_of(request.step), run.memory))
 
-    def _compare(self, session: Session, request: Compare, attachment: object) -> Reply:
+    def _attach(self, session: Session, request: Attach, attachments: tuple[object, ...]) -> Reply:
+        found: dict[int, Addresses] = {}
+        for sender, attachment in zip(request.senders, attachments, strict=True):
+            if isinstance(attachment, Failure):
+                return attachment
+
+            if not isinstance(attachment, Exported):
+                raise TypeError(f"expected a sender's addresses, got {type(attachment).__name__}")
+
+            found[sender] = attachment.addresses
+
+        session.attach(request.run, found)
+        return Done()
+
+    def _disconnect(self, session: Session, request: Disconnect) -> Done:
+        session.current(request.run)
+        session.disconnect()
+        return Done()
+
+    def _compare(self, session: Session, request: Compare, attachments: tuple[object, ...]) -> Reply:
         run = session.current(request.run)
+        (attachment,) = attachments
         if isinstance(attachment, Failure):
             return attachment
 
@@ -408,7 +499,7 @@ def _digest(layout: Layout) -> str:
     for piece in layout.pieces:
         summary.update(repr(piece).encode())
 
-    summary.update(repr(layout.frozen).encode())
+    summary.update(repr((layout.frozen, layout.computed)).encode())
     return summary.hexdigest()
 
 

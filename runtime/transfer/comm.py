@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-__all__ = ("Communicator", "Move", "Fence", "PASSED", "Deadline", "CommunicatorError", "MoveTimeout")
+__all__ = ("Communicator", "Move", "Fence", "CudaFence", "PASSED", "Deadline", "CommunicatorError", "MoveTimeout")
+
+
+#: How long a poll of a CUDA event sleeps: well below a bucket's time on the wire, well above a spin.
+_POLL_SECONDS = 20e-6
 
 
 class CommunicatorError(Exception):
@@ -72,6 +77,34 @@ class _Passed:
 
 #: The fence of transports whose moves are over when they are finished.
 PASSED: Fence = _Passed()
+
+
+class CudaFence:
+    """
+    The fence of device work.
+
+    :param event: recorded where the fence stands
+    :param aborted: tells whether the work was given up
+    """
+
+    def __init__(self, event: torch.cuda.Event, aborted: Callable[[], bool]) -> None:
+        self._event = event
+        self._aborted = aborted
+
+    def wait(self, deadline: Deadline) -> None:
+        # Polled, not synchronised: a deadline or an abort must be able to end it.
+        while not self._event.query():
+            if self._aborted():
+                raise CommunicatorError("the communicator was aborted")
+
+            if deadline.passed:
+                raise MoveTimeout("the device had not finished by the deadline")
+
+            time.sleep(_POLL_SECONDS)
+
+        if self._aborted():
+            # An aborted kernel ends like any other; what it should have written may be missing.
+            raise CommunicatorError("the communicator was aborted")
 
 
 class Communicator(Protocol):

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Protocol, cast
@@ -14,12 +13,9 @@ from typing import Protocol, cast
 import torch
 import torch.distributed as dist
 
-from wavecast.runtime.transfer.comm import PASSED, CommunicatorError, Deadline, Fence, MoveTimeout
+from wavecast.runtime.transfer.comm import PASSED, CommunicatorError, CudaFence, Deadline, Fence, MoveTimeout
 
 __all__ = ("Rendezvous", "GlooCommunicator", "NcclCommunicator", "host_store", "join_store")
-
-#: How long a poll of a CUDA event sleeps: well below a bucket's time on the wire, well above a spin.
-_POLL_SECONDS = 50e-6
 
 _environment = threading.Lock()
 
@@ -236,7 +232,7 @@ class NcclCommunicator:
     def fence(self) -> Fence:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
-        return _CudaFence(event, lambda: self._aborted)
+        return CudaFence(event, lambda: self._aborted)
 
     def abort(self) -> None:
         if self._aborted:
@@ -266,27 +262,6 @@ class NcclCommunicator:
                 self.start(token, sender=group[0], receivers=group[1:], deadline=self._deadline).finish(self._deadline)
 
         self.fence().wait(self._deadline)
-
-
-class _CudaFence:
-    def __init__(self, event: torch.cuda.Event, aborted: Callable[[], bool]) -> None:
-        self._event = event
-        self._aborted = aborted
-
-    def wait(self, deadline: Deadline) -> None:
-        # Polled, not synchronised: a deadline or an abort must be able to end it.
-        while not self._event.query():
-            if self._aborted():
-                raise CommunicatorError("the communicator was aborted")
-
-            if deadline.passed:
-                raise MoveTimeout("the device had not finished by the deadline")
-
-            time.sleep(_POLL_SECONDS)
-
-        if self._aborted():
-            # An aborted kernel ends like any other; what it should have written may be missing.
-            raise CommunicatorError("the communicator was aborted")
 
 
 def _gloo_group(rendezvous: Rendezvous, name: str, members: tuple[int, ...]) -> _Group:

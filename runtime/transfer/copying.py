@@ -3,19 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
+from wavecast.runtime.transfer.checksum import combine, fold
 from wavecast.runtime.transfer.memory import Memory, as_bits, dtype_of
 from wavecast.runtime.transfer.program import ALIGNMENT, Bucket, Placed
 
-__all__ = ("pack", "unpack", "gather")
+__all__ = ("Copier", "TensorCopier", "pack", "unpack", "gather", "window_of")
+
+
+class Copier(Protocol):
+    """
+    Moves a step's buckets between local memory and staging, and sums up both. On CUDA all work goes to the current
+    stream and nothing waits for it.
+    """
+
+    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> None:
+        """Copy the bucket's cuts into ``window``, cast to the dtype in which they travel, and sum them up."""
+        ...
+
+    def packed(self, step: int, window: torch.Tensor) -> None:
+        """Note that a packed window is being sent. A window packed ahead and never sent does not count."""
+        ...
+
+    def unpack(self, step: int, bucket: Bucket, window: torch.Tensor, check: Callable[[], None]) -> None:
+        """
+        Copy the bucket's cuts out of ``window``, and sum up what local memory holds then. ``window`` is used up.
+
+        :param check: called before memory is written; raises to write no more
+        """
+        ...
+
+    def sums(self, steps: int) -> list[int]:
+        """Return the sum of each step so far, 0 where it has none. The device must be through with its work."""
+        ...
+
+
+class TensorCopier:
+    """
+    Copies tensor by tensor, on any device.
+
+    :param checksum: sum up at all
+    """
+
+    def __init__(self, memory: Memory, *, checksum: bool) -> None:
+        self._memory = memory
+        self._checksum = checksum
+        self._folds: dict[int, list[torch.Tensor]] = {}
+
+    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> None:
+        pack(bucket, self._memory, window)
+
+    def packed(self, step: int, window: torch.Tensor) -> None:
+        if self._checksum:
+            self._folds.setdefault(step, []).append(fold(window))
+
+    def unpack(self, step: int, bucket: Bucket, window: torch.Tensor, check: Callable[[], None]) -> None:
+        unpack(bucket, self._memory, window, check=check)
+        if self._checksum:
+            gather(bucket, self._memory, window)
+            self._folds.setdefault(step, []).append(fold(window))
+
+    def sums(self, steps: int) -> list[int]:
+        return [
+            combine([int(value) for value in self._folds[step]]) if step in self._folds else 0 for step in range(steps)
+        ]
 
 
 def pack(bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> None:
     """Copy the bucket's cuts from local memory into ``buffer``, cast to the dtype in which they travel."""
     for item in bucket.items:
-        window = _window(item, buffer)
+        window = window_of(item, buffer)
         view = memory.source(item.cut)
         if view.dtype == window.dtype:
             as_bits(window).copy_(as_bits(view), non_blocking=buffer.is_cuda)
@@ -35,7 +95,7 @@ def unpack(bucket: Bucket, memory: Memory, buffer: torch.Tensor, *, check: Calla
     """
     for item in bucket.items:
         check()
-        latest = as_bits(_window(item, buffer))
+        latest = as_bits(window_of(item, buffer))
         for view in memory.targets(item.cut):
             latest = as_bits(view).copy_(latest, non_blocking=buffer.is_cuda)
 
@@ -48,10 +108,11 @@ def gather(bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> None:
     """
     buffer.zero_()
     for item in bucket.items:
-        as_bits(_window(item, buffer)).copy_(as_bits(memory.targets(item.cut)[-1]), non_blocking=buffer.is_cuda)
+        as_bits(window_of(item, buffer)).copy_(as_bits(memory.targets(item.cut)[-1]), non_blocking=buffer.is_cuda)
 
 
-def _window(item: Placed, buffer: torch.Tensor) -> torch.Tensor:
+def window_of(item: Placed, buffer: torch.Tensor) -> torch.Tensor:
+    """Return the part of ``buffer`` in which a cut travels, as a tensor of its shape and dtype."""
     cut = item.cut
     return buffer[item.start : item.start + cut.nbytes].view(dtype_of(cut.dtype)).view(cut.extent)
 

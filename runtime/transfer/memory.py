@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,9 @@ from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
 from wavecast.runtime.transfer.program import Cut
+from wavecast.runtime.transfer.segments import Strided
 
-__all__ = ("Memory", "as_bits", "dtype_of", "count_nan")
+__all__ = ("Memory", "as_bits", "dtype_of", "count_nan", "strided")
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,8 +30,28 @@ class Memory:
         self.device = _common_device(self.shards)
         self.signature = _signature(self.shards)
         self._by_name: dict[str, list[Shard]] = {}
+        self._addresses = self.addresses()
+        self._shapes = [shard.view.shape for shard in self.shards]
         for shard in self.shards:
             self._by_name.setdefault(shard.name, []).append(shard)
+
+    def addresses(self) -> list[int]:
+        """Return the address of each shard's first element, 0 where it has none."""
+        return [shard.view.data_ptr() if isinstance(shard.view, torch.Tensor) else 0 for shard in self.shards]
+
+    def holds_still(self, shards: Sequence[Shard]) -> bool:
+        """
+        Tell whether ``shards`` are the very objects this was made of, at the same addresses: nothing is to be redone.
+
+        A storage may move under a tensor (offloaded and reloaded, freed and unsharded), and a tensor may be given
+        another shape: both show.
+        """
+        return (
+            len(shards) == len(self.shards)
+            and all(map(operator.is_, shards, self.shards))
+            and self.addresses() == self._addresses
+            and [shard.view.shape for shard in self.shards] == self._shapes
+        )
 
     def source(self, cut: Cut) -> torch.Tensor:
         """Return what holds ``cut``, from the first shard that has all of it; a computed one works it out now."""
@@ -39,6 +61,11 @@ class Memory:
             return shard.view.read(Box(start, cut.extent))
 
         return _narrow(shard.view, shard.offset, cut)
+
+    def holds_as_is(self, cut: Cut) -> bool:
+        """Tell whether what :meth:`source` returns has the bytes that travel: no cast, nothing to work out."""
+        view = self._holders(cut)[0].view
+        return isinstance(view, torch.Tensor) and view.dtype == dtype_of(cut.dtype)
 
     def targets(self, cut: Cut) -> list[torch.Tensor]:
         """Return every view that holds ``cut``: a tied weight may be held twice."""
@@ -75,6 +102,12 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     """
     bits = _BITS.get(tensor.element_size())
     return tensor if bits is None or tensor.dtype == bits else tensor.view(bits)
+
+
+def strided(view: torch.Tensor) -> Strided:
+    """Return where the elements of ``view`` lie."""
+    size = view.element_size()
+    return Strided(view.data_ptr(), tuple(stride * size for stride in view.stride()))
 
 
 def dtype_of(name: str) -> torch.dtype:

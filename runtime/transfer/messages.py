@@ -10,6 +10,8 @@ from wavecast.runtime.layout.shard import Layout, Place
 from wavecast.runtime.transfer.program import PackedProgram
 
 __all__ = (
+    "encode",
+    "decode",
     "RunId",
     "Request",
     "Status",
@@ -19,7 +21,9 @@ __all__ = (
     "Connect",
     "Load",
     "RunStep",
-    "Finish",
+    "Export",
+    "Attach",
+    "Disconnect",
     "Probe",
     "Compare",
     "RunHook",
@@ -29,9 +33,11 @@ __all__ = (
     "Reply",
     "Standing",
     "Began",
+    "Addresses",
     "Described",
     "StoreAddress",
     "Connected",
+    "Exported",
     "StepDone",
     "Finished",
     "Excerpt",
@@ -40,6 +46,16 @@ __all__ = (
     "Done",
     "Failure",
 )
+
+
+def encode(value: object) -> bytes:
+    """Return a message as bytes: the host's channel carries those at least cost."""
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode(data: bytes) -> object:
+    """Return the message. Only for bytes that came over the host's own channel: they are unpickled."""
+    return pickle.loads(data)
 
 
 #: Pieces a part: a few milliseconds to unpickle.
@@ -148,11 +164,29 @@ class RunStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
-    """Asks an actor to wait until all it wrote is in place, and for the sums of its steps."""
+class Export:
+    """Asks a sender where the cuts lie that others pull from it."""
 
     run: RunId
-    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """
+    Tells a receiver where its senders' cuts lie; what they answered to :class:`Export` is attached, in order.
+
+    :ivar senders: the actors whose addresses are new
+    """
+
+    run: RunId
+    senders: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Asks an actor to give back its communicators and staging memory until they are needed again."""
+
+    run: RunId
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +254,10 @@ Request = (
     | HostStore
     | Connect
     | Load
+    | Export
+    | Attach
+    | Disconnect
     | RunStep
-    | Finish
     | Probe
     | Compare
     | RunHook
@@ -253,6 +289,9 @@ class Began:
     :ivar place: node and device of the shards
     :ivar nan: names of tensors with NaN elements and how many, when scanned
     :ivar standing: before this run
+    :ivar addresses: changes when shards have moved in memory
+    :ivar unshared: why other processes of the node could not map the shards' memory; empty when they can
+    :ivar kernels: the actor can run the fused kernels
     :ivar hooks: names of those the user has written
     :ivar hook_seconds: what ``before_sync`` took
     :ivar shadow_bytes: of the second copy of the shards
@@ -262,6 +301,9 @@ class Began:
     place: Place
     nan: tuple[tuple[str, int], ...]
     standing: Standing
+    addresses: int = 0
+    unshared: str = "not asked"
+    kernels: bool = False
     hooks: tuple[str, ...] = ()
     hook_seconds: float = 0.0
     shadow_bytes: int = 0
@@ -278,16 +320,34 @@ class Began:
 
 
 @dataclass(frozen=True, slots=True)
+class Addresses:
+    """
+    Where a sender's cuts lie, for other processes of its node.
+
+    :ivar handles: of its allocations
+    :ivar steps: by task id: for each cut the number of its handle, its offset there and its strides, as int64 bytes
+    :ivar bell: the number of a handle and the offset there of an int64: the serial of the latest run in which the
+        sender's weights are at rest
+    """
+
+    handles: tuple[bytes, ...]
+    steps: dict[int, bytes]
+    bell: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Described:
     """
     What the actor holds; its place is left out.
 
     :ivar parts: pickled tuples of pieces, in order: unpickling a large layout at once would hold up the driver's loop
     :ivar frozen: as :attr:`Layout.frozen`
+    :ivar computed: as :attr:`Layout.computed`
     """
 
     parts: tuple[bytes, ...]
     frozen: tuple[str, ...]
+    computed: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, layout: Layout) -> Described:
@@ -299,11 +359,13 @@ class Described:
                 for start in range(0, len(pieces), _PART_PIECES)
             ),
             layout.frozen,
+            layout.computed,
         )
 
     def layout(self) -> Layout:
         """Return what it says."""
-        return Layout(tuple(piece for part in self.parts for piece in pickle.loads(part)), frozen=self.frozen)
+        pieces = tuple(piece for part in self.parts for piece in pickle.loads(part))
+        return Layout(pieces, frozen=self.frozen, computed=self.computed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,14 +385,21 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
+class Exported:
+    """:ivar addresses: where the cuts lie that others pull from the actor"""
+
+    addresses: Addresses
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone:
     """
     The step's bytes have left, or arrived.
 
-    :ivar seconds: from the step's start on this actor
+    :ivar finished: with the last step of the actor's program, once everything is in place
     """
 
-    seconds: float
+    finished: Finished | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,10 +408,12 @@ class Finished:
     :ivar checksums: for each step of the program, of the bytes sent, or of those found in the destination's memory
         afterwards; empty when checksums are off
     :ivar staging_bytes: extra memory held for staging
+    :ivar host_seconds: what the actor's own threads spent on the steps, waits left out
     """
 
     checksums: tuple[int, ...]
     staging_bytes: int
+    host_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,8 +465,8 @@ Reply = (
     | Described
     | StoreAddress
     | Connected
+    | Exported
     | StepDone
-    | Finished
     | Excerpt
     | HookDone
     | Committed

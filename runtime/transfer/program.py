@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,12 +58,14 @@ class Step:
     :ivar sender: the actor whose memory is read
     :ivar receivers: the actors whose memory is written
     :ivar cuts: what travels, in wire order
+    :ivar pull: the receiver fetches the cuts out of the sender's memory; otherwise they are packed, moved and unpacked
     """
 
     task: int
     sender: int
     receivers: tuple[int, ...]
     cuts: tuple[Cut, ...]
+    pull: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +77,15 @@ class Program:
     :ivar actor: whose program it is
     :ivar bucket_bytes: bytes that travel at once; two buckets are held, one being filled while one travels
     :ivar checksum: whether both ends of a step sum up its bytes
+    :ivar kernels: packing, unpacking and summing up are done by fused kernels, on all actors or on none: the two ways
+        have sums of their own
     """
 
     digest: str
     actor: int
     bucket_bytes: int
     checksum: bool
+    kernels: bool
     steps: tuple[Step, ...]
 
 
@@ -96,12 +101,13 @@ class PackedProgram:
     actor: int
     bucket_bytes: int
     checksum: bool
+    kernels: bool
     steps: tuple[bytes, ...]
 
     def unpack(self) -> Program:
         """Return the program."""
         steps = tuple(pickle.loads(step) for step in self.steps)
-        return Program(self.digest, self.actor, self.bucket_bytes, self.checksum, steps)
+        return Program(self.digest, self.actor, self.bucket_bytes, self.checksum, self.kernels, steps)
 
 
 class Placed(NamedTuple):
@@ -117,24 +123,39 @@ class Bucket:
     What travels at once.
 
     :ivar nbytes: alignment included
+    :ivar first: bytes of the step's buckets before this one
     """
 
     items: tuple[Placed, ...]
     nbytes: int
+    first: int = 0
 
 
 def compile_programs(
-    schedule: Schedule, *, actors: int, digest: str, bucket_bytes: int, checksum: bool
+    schedule: Schedule,
+    *,
+    actors: int,
+    digest: str,
+    bucket_bytes: int,
+    checksum: bool,
+    kernels: bool = False,
+    pulled: Callable[[Route], bool] | None = None,
 ) -> tuple[Program, ...]:
-    """Return the program of each actor: its own steps, in wave order. Tasks carry their routes as payload."""
+    """
+    Return the program of each actor: its own steps, in wave order. Tasks carry their routes as payload.
+
+    :param pulled: tells whether a route is pulled; all routes of a task alike. Left out, none is
+    """
     steps: list[list[Step]] = [[] for _ in range(actors)]
     for wave in schedule.waves:
         for task in wave.tasks:
-            step = Step(task.id, task.senders[0], task.receivers, _cuts(task_routes(task)))
+            routes = task_routes(task)
+            pull = pulled is not None and bool(routes) and pulled(routes[0])
+            step = Step(task.id, task.senders[0], task.receivers, _cuts(routes), pull)
             for member in task.members:
                 steps[member].append(step)
 
-    return tuple(Program(digest, actor, bucket_bytes, checksum, tuple(own)) for actor, own in enumerate(steps))
+    return tuple(Program(digest, actor, bucket_bytes, checksum, kernels, tuple(own)) for actor, own in enumerate(steps))
 
 
 def pack_programs(programs: Iterable[Program]) -> tuple[PackedProgram, ...]:
@@ -147,7 +168,9 @@ def pack_programs(programs: Iterable[Program]) -> tuple[PackedProgram, ...]:
                 pickled[step.task] = pickle.dumps(step, protocol=pickle.HIGHEST_PROTOCOL)
 
         steps = tuple(pickled[step.task] for step in program.steps)
-        packed.append(PackedProgram(program.digest, program.actor, program.bucket_bytes, program.checksum, steps))
+        packed.append(
+            PackedProgram(program.digest, program.actor, program.bucket_bytes, program.checksum, program.kernels, steps)
+        )
 
     return tuple(packed)
 
@@ -167,18 +190,19 @@ def fill_buckets(cuts: Iterable[Cut], *, bucket_bytes: int) -> tuple[Bucket, ...
 
     buckets: list[Bucket] = []
     items: list[Placed] = []
-    used = 0
+    used, before = 0, 0
     for cut in _divide(cuts, room):
         nbytes = cut.nbytes
         if items and used + nbytes > room:
-            buckets.append(Bucket(tuple(items), used))
+            buckets.append(Bucket(tuple(items), used, before))
+            before += used
             items, used = [], 0
 
         items.append(Placed(cut, used))
         used += -(-nbytes // ALIGNMENT) * ALIGNMENT
 
     if items:
-        buckets.append(Bucket(tuple(items), used))
+        buckets.append(Bucket(tuple(items), used, before))
 
     return tuple(buckets)
 

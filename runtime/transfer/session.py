@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 
 import torch
 
 from wavecast.runtime import errors
-from wavecast.runtime.transfer.checksum import combine
-from wavecast.runtime.transfer.comm import Communicator, Deadline
+from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence
+from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
 from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
+from wavecast.runtime.transfer.copying import Copier, TensorCopier
+from wavecast.runtime.transfer.fused import FusedCopier, Tables, Tally
 from wavecast.runtime.transfer.lane import Lane
 from wavecast.runtime.transfer.memory import Memory
-from wavecast.runtime.transfer.messages import Connect, Connected, Finished, HostStore, Reply, RunId, RunStep, StepDone
-from wavecast.runtime.transfer.program import Bucket, Program, fill_buckets
+from wavecast.runtime.transfer.messages import (
+    Addresses,
+    Connect,
+    Connected,
+    Finished,
+    HostStore,
+    Reply,
+    RunId,
+    RunStep,
+    StepDone,
+)
+from wavecast.runtime.transfer.program import Bucket, Program, Step, fill_buckets
+from wavecast.runtime.transfer.pull import Puller, export_addresses
 from wavecast.runtime.transfer.staging import Leg, Staging
 
-__all__ = ("Run", "Session")
+__all__ = ("Run", "Session", "pass_on")
 
 #: How long giving up waits for the transfer thread before it leaves it behind.
 _GRACE_SECONDS = 0.3
 
 
 class Run:
-    """One sync, as one actor sees it."""
+    """
+    One sync, as one actor sees it.
+
+    :ivar host_seconds: what this actor's threads spent on it, waits left out
+    """
 
     def __init__(self, name: RunId, actor: int, memory: Memory) -> None:
         self.name = name
@@ -33,8 +52,10 @@ class Run:
         self.next_step = 0
         self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
         self.given_up = ""
-        self.sums: dict[int, list[torch.Tensor]] = {}
+        self.copier: Copier | None = None
+        self.tally: Tally | None = None
         self.wrote = False
+        self.host_seconds = 0.0
         self.ready: torch.cuda.Event | None = None
         if memory.device.type == "cuda":
             self.ready = torch.cuda.Event()
@@ -58,8 +79,9 @@ class Session:
     """
     One group's state on one actor.
 
-    What moves bytes runs on :attr:`lane`, a thread of the session's own: the thread of a request stays free to notice
-    that its call was cancelled.
+    What moves bytes is started on :attr:`lane`, a thread of the session's own: the thread of a request stays free to
+    notice that its call was cancelled. A second thread waits for the device, so that the next step can be queued
+    meanwhile.
 
     :ivar run: the run under way, if any
     """
@@ -67,12 +89,17 @@ class Session:
     def __init__(self) -> None:
         self.lane = Lane("wavecast-transfer")
         self.run: Run | None = None
+        self._waits = Lane("wavecast-arrivals")
         self._lock = threading.RLock()
         self._program: Program | None = None
         self._forwards = False
         self._buckets: dict[int, tuple[Bucket, ...]] = {}
         self._communicator: Communicator | None = None
         self._staging: Staging | None = None
+        self._puller: Puller | None = None
+        self._tables: Tables | None = None
+        self._bell: torch.Tensor | None = None
+        self._exported: Memory | None = None
         self._stores: dict[str, torch.distributed.Store] = {}
         self._epoch = 0
         self._ended: tuple[RunId | None, str] = (None, "")
@@ -105,21 +132,10 @@ class Session:
             while run.next_step in run.waiting:
                 ready, outer = run.waiting.pop(run.next_step)
                 run.next_step += 1
-                _chain(self.lane.submit(lambda ready=ready: self._step(run, ready)), outer)  # type: ignore[misc]
+                started = self.lane.submit(lambda ready=ready: self._step(run, ready))  # type: ignore[misc]
+                self._await(started, run, ready, outer)
 
         return future
-
-    def finish(self, name: RunId, deadline: Deadline) -> Finished:
-        """Wait until all that was written is in place; return the sums of the run's steps. On the lane."""
-        run = self.current(name)
-        staging = self._staging
-        if staging is None:
-            return Finished((), 0)
-
-        staging.finish(deadline)
-        run.check()
-        checksums = [combine([int(value) for value in run.sums[step]]) for step in sorted(run.sums)]
-        return Finished(tuple(checksums), staging.nbytes)
 
     def give_up(self, name: RunId, reason: str) -> None:
         """End the run at once: nothing is written after this returns. Another run than the one named is left alone."""
@@ -130,13 +146,18 @@ class Session:
 
             self.run = None
             self._epoch += 1
+            self._ended = (name, reason)
             run.give_up(reason)
+            puller, staging = self._puller, self._staging
             self._drop_connection(abort=True)
-            idle = self.lane.submit(lambda: None)
+            # What is on its way out of a sender's memory arrives first, as may what is queued behind a receive.
+            idle = self.lane.submit(lambda: _come_to_rest(puller, staging))
             if not wait((idle,), timeout=_GRACE_SECONDS).done:
                 # Stuck in the transport, where it can do no harm: the run's check stops it before it writes.
                 self.lane.close()
+                self._waits.close()
                 self.lane = Lane("wavecast-transfer")
+                self._waits = Lane("wavecast-arrivals")
 
     def close(self) -> None:
         """Release everything. The session must not be used again."""
@@ -147,11 +168,18 @@ class Session:
             self.run = None
             self._program = None
             self._buckets = {}
+            self._tables = None
+            self._exported = None
             self._stores.clear()
             self._drop_connection(abort=False)
-            self.lane.close()
+            puller, self._puller = self._puller, None
+            if puller is not None:
+                self.lane.submit(puller.close)
 
-    # Connection and program.
+            self.lane.close()
+            self._waits.close()
+
+    # Connection, program and addresses.
 
     def host_store(self, request: HostStore, address: str) -> int:
         """Open the rendezvous of a connection and return its port."""
@@ -164,24 +192,70 @@ class Session:
         epoch = self._epoch
         return self.lane.submit(lambda: self._connect(request, address, epoch))
 
+    def disconnect(self) -> None:
+        """Give back communicators and staging memory; the next connection makes them anew. On the lane."""
+        self._drop_connection(abort=False)
+
     def load(self, program: Program) -> None:
         """Take on a program. On the lane."""
         self._program = program
         self._buckets = {}
+        self._tables = None
+        if self._puller is not None:
+            self._puller.forget()
+
         sends = any(step.sender == program.actor for step in program.steps)
         self._forwards = sends and any(program.actor in step.receivers for step in program.steps)
         self._allocate()
 
+    def export(self, name: RunId) -> Addresses:
+        """Say where the cuts lie that others pull from this actor, and let them. On the lane."""
+        run = self.current(name)
+        if self._bell is None:
+            self._bell = torch.zeros(1, dtype=torch.int64, device=run.memory.device)
+
+        addresses = export_addresses(self._loaded(), run.memory, self._bell)
+        self._exported = run.memory
+        self.ring(run)
+        return addresses
+
+    def ring(self, run: Run) -> None:
+        """
+        Let others pull from this actor in ``run``, as soon as what the device has to do before is done.
+
+        Nothing rings for memory that is not, or no longer, where the others believe it to be.
+        """
+        if self._bell is not None and run.memory is self._exported and run.ready is not None:
+            torch.cuda.current_stream(run.memory.device).wait_event(run.ready)
+            self._bell.fill_(run.name.serial)
+
+    def attach(self, name: RunId, found: Mapping[int, Addresses]) -> None:
+        """Map what this actor pulls from, and work out all that is pulled. On the lane."""
+        run, program = self.current(name), self._loaded()
+        puller = self._pulling(run.memory)
+        puller.attach(found)
+        puller.begin(run.memory, run.ready)
+        puller.prepare(program)
+
     def buckets_of(self, step: int) -> tuple[Bucket, ...]:
         """Return how the bytes of a step travel."""
-        program = self._program
-        if program is None:
-            raise errors.SyncError("the actor has no program")
-
+        program = self._loaded()
         if step not in self._buckets:
             self._buckets[step] = fill_buckets(program.steps[step].cuts, bucket_bytes=program.bucket_bytes)
 
         return self._buckets[step]
+
+    def _loaded(self) -> Program:
+        if self._program is None:
+            raise errors.SyncError("the actor has no program")
+
+        return self._program
+
+    def _pulling(self, memory: Memory) -> Puller:
+        if self._puller is None:
+            self._puller = Puller(memory.device)
+
+        return self._puller
 
     def _connect(self, request: Connect, address: str, epoch: int) -> Connected:
         deadline = Deadline(request.seconds)
@@ -215,7 +289,13 @@ class Session:
             edges=request.edges,
             deadline=deadline,
         )
-        return NcclCommunicator(rendezvous, device) if request.transport == "nccl" else GlooCommunicator(rendezvous)
+        match request.transport:
+            case "nccl":
+                return NcclCommunicator(rendezvous, device)
+            case "ipc":
+                return IpcCommunicator(rendezvous, device)
+            case _:
+                return GlooCommunicator(rendezvous)
 
     def _allocate(self) -> None:
         """Hold two buckets, no larger than the largest that the program fills."""
@@ -223,7 +303,7 @@ class Session:
         if self._communicator is None or self._program is None:
             return
 
-        steps = range(len(self._program.steps))
+        steps = [index for index, step in enumerate(self._program.steps) if not step.pull]
         largest = max((bucket.nbytes for step in steps for bucket in self.buckets_of(step)), default=0)
         self._staging = Staging(largest, self._communicator)
 
@@ -238,57 +318,145 @@ class Session:
 
     # Steps.
 
-    def _step(self, run: Run, request: RunStep) -> Reply:
+    def _step(self, run: Run, request: RunStep) -> Sequence[Fence]:
+        """Queue a step; return the fences after which its bytes have moved."""
+        started = time.perf_counter()
         deadline = Deadline(request.seconds)
-        started = deadline.left
         run.check()
-        program, staging = self._program, self._staging
-        if program is None or staging is None:
-            raise errors.SyncError("the actor was asked to run before it was connected and had its program")
-
+        program = self._loaded()
         if program.digest != request.digest:
             raise errors.SyncError(f"the actor has program {program.digest}, it was asked to run {request.digest}")
 
         step = program.steps[request.step]
-        sums = run.sums.setdefault(request.step, []) if program.checksum else None
         if request.step == 0:
-            staging.begin(run.ready)
+            self._begin_steps(run, program)
+
+        if run.actor != step.sender:
+            run.wrote = True
+
+        if self._forwards and self._puller is not None and self._staging is not None:
+            for stream in self._staging.streams():
+                self._puller.join(stream)
+
+        if step.pull and run.actor != step.sender:
+            waited = time.perf_counter()
+            self._pulling(run.memory).wait_for(step.sender, run.name.serial, deadline, run.check)
+            started += time.perf_counter() - waited
+
+        fences = self._pull(run, step, request.step) if step.pull else self._move(run, step, request.step, deadline)
+        run.host_seconds += time.perf_counter() - started
+        return fences
+
+    def _begin_steps(self, run: Run, program: Program) -> None:
+        if self._staging is not None:
+            self._staging.begin(run.ready)
+
+        if any(step.pull for step in program.steps):
+            self._pulling(run.memory).begin(run.memory, run.ready)
+
+        if program.kernels:
+            if self._tables is None or self._tables.memory is not run.memory:
+                self._tables = Tables(run.memory)
+
+            run.tally = Tally(len(program.steps), run.memory.device) if program.checksum else None
+            run.copier = FusedCopier(self._tables, run.tally)
+        else:
+            run.copier = TensorCopier(run.memory, checksum=program.checksum)
+
+    def _pull(self, run: Run, step: Step, index: int) -> Sequence[Fence]:
+        puller = self._pulling(run.memory)
+        total = run.tally.total(index, puller.sums) if run.tally is not None else None
+        if run.actor == step.sender:
+            puller.send(step, total)
+            return ()
+
+        return (CudaFence(puller.receive(step, total), lambda: bool(run.given_up)),)
+
+    def _move(self, run: Run, step: Step, index: int, deadline: Deadline) -> Sequence[Fence]:
+        staging, copier = self._staging, run.copier
+        if staging is None or copier is None:
+            raise errors.SyncError("the actor was asked to run before it was connected and had its program")
 
         leg = Leg(
+            step=index,
             sender=step.sender,
             receivers=step.receivers,
-            buckets=self.buckets_of(request.step),
-            ahead=self._ahead(request.step, run, program),
+            buckets=self.buckets_of(index),
+            ahead=self._ahead(index, run, self._loaded()),
             forwards=self._forwards,
-            memory=run.memory,
-            sums=sums,
+            copier=copier,
             deadline=deadline,
             check=run.check,
         )
-        if run.actor == step.sender:
-            staging.send(leg)
-        else:
-            run.wrote = True
-            staging.receive(leg)
-
-        return StepDone(started - deadline.left)
+        return staging.send(leg) if run.actor == step.sender else staging.receive(leg)
 
     def _ahead(self, step: int, run: Run, program: Program) -> Bucket | None:
         """Return the first bucket of the next step, when this actor sends it and had all of it from the start."""
-        following = step + 1
-        if self._forwards or following == len(program.steps) or program.steps[following].sender != run.actor:
+        if self._forwards or step + 1 == len(program.steps):
             return None
 
-        buckets = self.buckets_of(following)
+        following = program.steps[step + 1]
+        if following.pull or following.sender != run.actor:
+            return None
+
+        buckets = self.buckets_of(step + 1)
         return buckets[0] if buckets else None
 
+    def _await(self, started: Future[Sequence[Fence]], run: Run, request: RunStep, outer: Future[Reply]) -> None:
+        """Answer a step once its bytes have moved; the last one once everything is in place."""
+        waits = self._waits
 
-def _chain(inner: Future[Reply], outer: Future[Reply]) -> None:
-    def pass_on(done: Future[Reply]) -> None:
+        def arrive(fences: Sequence[Fence]) -> Reply:
+            deadline = Deadline(request.seconds)
+            for fence in fences:
+                fence.wait(deadline)
+
+            last = request.step + 1 == len(self._loaded().steps)
+            return StepDone(self._finish(run, deadline) if last else None)
+
+        def queued(done: Future[Sequence[Fence]]) -> None:
+            error = done.exception()
+            if error is not None:
+                outer.set_exception(error)
+            else:
+                pass_on(waits.submit(lambda: arrive(done.result())), outer)
+
+        started.add_done_callback(queued)
+
+    def _finish(self, run: Run, deadline: Deadline) -> Finished:
+        """Wait until all that was written is in place; return the sums of the run's steps."""
+        program, staging, puller = self._loaded(), self._staging, self._puller
+        if staging is not None:
+            staging.finish(deadline)
+
+        if puller is not None:
+            CudaFence(puller.finished(), lambda: bool(run.given_up)).wait(deadline)
+
+        run.check()
+        started = time.perf_counter()
+        copier = run.copier
+        sums = copier.sums(len(program.steps)) if copier is not None and program.checksum else []
+        run.host_seconds += time.perf_counter() - started
+        return Finished(tuple(sums), staging.nbytes if staging is not None else 0, run.host_seconds)
+
+
+def _come_to_rest(puller: Puller | None, staging: Staging | None) -> None:
+    if puller is not None:
+        puller.synchronize()
+
+    if staging is not None:
+        for stream in staging.streams():
+            stream.synchronize()
+
+
+def pass_on(inner: Future[Reply], outer: Future[Reply]) -> None:
+    """Let ``outer`` end as ``inner`` does."""
+
+    def end(done: Future[Reply]) -> None:
         error = done.exception()
         if error is None:
             outer.set_result(done.result())
         else:
             outer.set_exception(error)
 
-    inner.add_done_callback(pass_on)
+    inner.add_done_callback(end)

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from wavecast.runtime.transfer.checksum import fold
 from wavecast.runtime.transfer.comm import Communicator, Deadline, Fence, Move
-from wavecast.runtime.transfer.copying import gather, pack, unpack
-from wavecast.runtime.transfer.memory import Memory
+from wavecast.runtime.transfer.copying import Copier
 from wavecast.runtime.transfer.program import Bucket
 
 __all__ = ("Leg", "Staging")
@@ -24,18 +22,18 @@ class Leg:
 
     :ivar buckets: what travels, in order; the same on all members
     :ivar ahead: what this actor sends first in its next step, if it does: it can be packed while this step travels
-    :ivar sums: gets a sum of each bucket, on the device, in order; ``None``: none wanted
+    :ivar step: the step's position in the actor's program
     :ivar forwards: this actor sends on what it received in the same run
     :ivar check: called before memory is read or written; raises once the run has been given up
     """
 
+    step: int
     sender: int
     receivers: tuple[int, ...]
     buckets: tuple[Bucket, ...]
     ahead: Bucket | None
     forwards: bool
-    memory: Memory
-    sums: list[torch.Tensor] | None
+    copier: Copier
     deadline: Deadline
     check: Callable[[], None]
 
@@ -65,7 +63,8 @@ class Staging:
     """
     The slots of one actor, on its communicator's device.
 
-    A step returns when its bytes have left or arrived; what remains to be done with them here (unpacking, summing up)
+    A step is queued as far as the transport lets it: on CUDA nothing here waits for the device, and the fences that a
+    step returns tell when its bytes have left or arrived. What remains to be done with them (unpacking, summing up)
     goes on while the next step travels. :meth:`finish` waits for that too.
 
     :param bucket_bytes: bytes of each of the two slots
@@ -87,9 +86,9 @@ class Staging:
             if slot.stream is not None and ready is not None:
                 slot.stream.wait_event(ready)
 
-    def send(self, leg: Leg) -> None:
+    def send(self, leg: Leg) -> list[Fence]:
         """
-        Pack and send the leg's buckets in order. Blocks until they have left.
+        Pack and send the leg's buckets in order; return the fences after which they have left.
 
         While one bucket travels the next one is packed, that of the next step included.
 
@@ -100,15 +99,14 @@ class Staging:
 
         for bucket in leg.buckets:
             slot = self._next_slot()
-            self._pack(slot, bucket, leg)
+            self._pack(slot, bucket, leg.step, leg)
             slot.packed = None
             with slot.in_order():
                 window = slot.buffer[: bucket.nbytes]
                 move = self._communicator.start(
                     window, sender=leg.sender, receivers=leg.receivers, deadline=leg.deadline
                 )
-                if leg.sums is not None:
-                    leg.sums.append(fold(window))
+                leg.copier.packed(leg.step, window)
 
             def settle(move: Move = move) -> Fence:
                 move.finish(leg.deadline)
@@ -117,13 +115,13 @@ class Staging:
             slot.settle = settle
 
         if leg.ahead is not None:
-            self._pack(self._slots[self._turn], leg.ahead, leg)
+            self._pack(self._slots[self._turn], leg.ahead, leg.step + 1, leg)
 
-        self._arrive(leg.deadline)
+        return self._arrive()
 
-    def receive(self, leg: Leg) -> None:
+    def receive(self, leg: Leg) -> list[Fence]:
         """
-        Receive and unpack the leg's buckets in order. Blocks until they have arrived.
+        Receive and unpack the leg's buckets in order; return the fences after which they have arrived.
 
         While one bucket travels the one before is unpacked and what was written is summed up.
 
@@ -142,16 +140,12 @@ class Staging:
             def settle(move: Move = move, bucket: Bucket = bucket, window: torch.Tensor = window) -> Fence:
                 move.finish(leg.deadline)
                 arrived = self._communicator.fence()
-                unpack(bucket, leg.memory, window, check=leg.check)
-                if leg.sums is not None:
-                    gather(bucket, leg.memory, window)
-                    leg.sums.append(fold(window))
-
+                leg.copier.unpack(leg.step, bucket, window, leg.check)
                 return arrived
 
             slot.settle = settle
 
-        self._arrive(leg.deadline)
+        return self._arrive()
 
     def finish(self, deadline: Deadline) -> None:
         """
@@ -162,6 +156,10 @@ class Staging:
         for slot in self._slots:
             with slot.in_order():
                 self._communicator.fence().wait(deadline)
+
+    def streams(self) -> tuple[torch.cuda.Stream, ...]:
+        """Return the slots' streams."""
+        return tuple(slot.stream for slot in self._slots if slot.stream is not None)
 
     def _join_streams(self) -> None:
         """Let what follows on either slot come after what both have unpacked."""
@@ -175,14 +173,14 @@ class Staging:
         self._turn = 1 - self._turn
         return slot
 
-    def _pack(self, slot: _Slot, bucket: Bucket, leg: Leg) -> None:
+    def _pack(self, slot: _Slot, bucket: Bucket, step: int, leg: Leg) -> None:
         if slot.packed is bucket:
             return
 
         self._settle(slot)
         leg.check()
         with slot.in_order():
-            pack(bucket, leg.memory, slot.buffer[: bucket.nbytes])
+            leg.copier.pack(step, bucket, slot.buffer[: bucket.nbytes])
 
         slot.packed = bucket
 
@@ -194,9 +192,7 @@ class Staging:
         with slot.in_order():
             return settle()
 
-    def _arrive(self, deadline: Deadline) -> None:
-        """Settle both slots in the order of their use, then wait for what travelled, but not for what follows."""
+    def _arrive(self) -> list[Fence]:
+        """Settle both slots in the order of their use: what travelled has a fence, what follows it here has not."""
         fences = [self._settle(self._slots[turn]) for turn in (self._turn, 1 - self._turn)]
-        for fence in fences:
-            if fence is not None:
-                fence.wait(deadline)
+        return [fence for fence in fences if fence is not None]

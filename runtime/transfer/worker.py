@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Awaitable, Sequence
+from typing import cast
 
 from wavecast.runtime.layout.shard import Shard
 from wavecast.runtime.transfer.agent import Agent, Host
 from wavecast.runtime.transfer.hooks import HOOKS, Hook
-from wavecast.runtime.transfer.messages import Reply, Request
+from wavecast.runtime.transfer.messages import Request, decode, encode
 
 __all__ = ("TransferWorker", "overridden_hooks")
 
@@ -38,7 +39,9 @@ class TransferWorker:
         """
         Return the shards this actor holds: views of its own memory, which a source lends and a destination offers.
 
-        Called once at the begin of every sync, on the actor's own thread. Must be overridden.
+        Called once at the begin of every sync, on the actor's own thread. Must be overridden. Return the same shards as
+        the last time while the tensors are the same objects: with thousands of them this is what makes a warm sync
+        cheap. Storage that moved under a tensor, and a new shape, are noticed.
         """
         raise TypeError(f"{type(self).__name__} mixes in TransferWorker and must define transfer_shards()")
 
@@ -73,9 +76,10 @@ class TransferWorker:
         """
         return None
 
-    def wavecast_request(self, request: Request, host: Host, attachment: object = None) -> Reply:
+    def wavecast_request(self, call: bytes, *attachments: bytes) -> bytes:
         """Answer one request of a group's driver. Not for users."""
-        return _agent(self).serve(request, host, attachment)
+        request, host = _read(call)
+        return encode(_agent(self).serve(request, host, *map(decode, attachments)))
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -89,10 +93,13 @@ class TransferWorker:
             cls.wavecast_request = _request_on_event_loop  # type: ignore[assignment, method-assign]
 
 
-async def _request_on_event_loop(
-    self: TransferWorker, request: Request, host: Host, attachment: object = None
-) -> Reply:
-    return await _agent(self).serve_async(request, host, attachment)
+async def _request_on_event_loop(self: TransferWorker, call: bytes, *attachments: bytes) -> bytes:
+    request, host = _read(call)
+    return encode(await _agent(self).serve_async(request, host, *map(decode, attachments)))
+
+
+def _read(call: bytes) -> tuple[Request, Host]:
+    return cast("tuple[Request, Host]", decode(call))
 
 
 def overridden_hooks(worker: TransferWorker) -> dict[str, Hook]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ray.exceptions import ActorDiedError, TaskCancelledError
 from tests.runtime.transfer.crew import FakeSession, ThreadHost, Wires
 from wavecast.runtime import Shard, TransferWorker
 from wavecast.runtime.transfer.agent import Agent
-from wavecast.runtime.transfer.messages import HostStore, Reply, Request
+from wavecast.runtime.transfer.messages import HostStore, Request, decode, encode
 from wavecast.runtime.transfer.worker import overridden_hooks
 
 ELEMENTS = 96
@@ -28,10 +29,10 @@ class StorelessSession(FakeSession):
 class Answer:
     """What Ray's reference is: to be awaited any number of times, and not ended by a waiter that goes away."""
 
-    def __init__(self, future: asyncio.Future[Reply]) -> None:
+    def __init__(self, future: asyncio.Future[bytes]) -> None:
         self.future = future
 
-    def __await__(self) -> Generator[object, None, Reply]:
+    def __await__(self) -> Generator[object, None, bytes]:
         return asyncio.shield(self.future).__await__()
 
 
@@ -48,7 +49,7 @@ class LocalActor:
         self.asked: list[Request] = []
         self.on_request: Callable[[Request], object] = lambda request: None
         self.dead = False
-        self._pending: set[asyncio.Future[Reply]] = set()
+        self._pending: set[asyncio.Future[bytes]] = set()
         self.agent = Agent(
             worker.transfer_shards, hooks=overridden_hooks(worker), make_session=lambda: StorelessSession(wires)
         )
@@ -57,8 +58,9 @@ class LocalActor:
     def wavecast_request(self) -> LocalActor:
         return self
 
-    def remote(self, request: Request, host: object, attachment: object = None) -> Answer:
-        outer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+    def remote(self, call: bytes, *attachments: Answer) -> Answer:
+        request, _ = cast("tuple[Request, object]", decode(call))
+        outer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         # An answer that nobody awaits is no news.
         outer.add_done_callback(lambda done: done.cancelled() or done.exception())
         self.asked.append(request)
@@ -67,7 +69,7 @@ class LocalActor:
             outer.set_exception(ActorDiedError())
             return Answer(outer)
 
-        task = asyncio.ensure_future(self._serve(request, attachment))
+        task = asyncio.ensure_future(self._serve(request, attachments))
         self._pending.add(outer)
         outer.add_done_callback(lambda done: task.cancel())
         task.add_done_callback(lambda done: self._pass_on(done, outer))
@@ -84,13 +86,11 @@ class LocalActor:
         """The names of the requests so far."""
         return [type(request).__name__ for request in self.asked]
 
-    async def _serve(self, request: Request, attachment: object) -> Reply:
-        if isinstance(attachment, Answer):
-            attachment = await attachment
+    async def _serve(self, request: Request, attachments: Sequence[Answer]) -> bytes:
+        found = [decode(await attachment) for attachment in attachments]
+        return encode(await self.agent.serve_async(request, ThreadHost(), *found))
 
-        return await self.agent.serve_async(request, ThreadHost(), attachment)
-
-    def _pass_on(self, task: asyncio.Task[Reply], outer: asyncio.Future[Reply]) -> None:
+    def _pass_on(self, task: asyncio.Task[bytes], outer: asyncio.Future[bytes]) -> None:
         self._pending.discard(outer)
         error = None if task.cancelled() else task.exception()
         if outer.done():

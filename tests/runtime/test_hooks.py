@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import cast
 
 import anyio
 import pytest
@@ -12,7 +13,20 @@ from tests.runtime.local_actors import Holder, Stage, holder, local
 from tests.runtime.transfer.crew import SECONDS, ThreadHost, expect
 from wavecast.runtime import ActorFailed, HookSeconds, ModelGroup, ParameterSyncGroup, SyncOptions, Torn
 from wavecast.runtime.transfer.agent import Agent
-from wavecast.runtime.transfer.messages import Abort, Began, Begin, Close, Done, Failure, Request, RunId, RunStep
+from wavecast.runtime.transfer.messages import (
+    Abort,
+    Began,
+    Begin,
+    Close,
+    Done,
+    Failure,
+    Reply,
+    Request,
+    RunId,
+    RunStep,
+    decode,
+    encode,
+)
 from wavecast.runtime.transfer.worker import overridden_hooks
 
 __all__ = ("local",)
@@ -205,6 +219,10 @@ async def test_an_engine_that_a_lost_driver_left_behind_resumes_as_the_next_one_
     ]
 
 
+def ask(worker: Holder, request: Request) -> Reply:
+    return cast("Reply", decode(worker.wavecast_request(encode((request, ThreadHost())))))
+
+
 async def _nothing(*args: object) -> None:
     pass
 
@@ -215,10 +233,10 @@ def test_an_awaitable_runs_on_a_plain_actor_too() -> None:
             return AsyncHooked.before_sync(self, version)  # type: ignore[arg-type]
 
     worker = Returns(0, 2, 4, 1.0)
-    (began,) = expect(Began, [worker.wavecast_request(Begin(RunId("group", 1), 0, version=3), ThreadHost())])
+    (began,) = expect(Began, [ask(worker, Begin(RunId("group", 1), 0, version=3))])
     assert worker.calls == ["before_sync 3", "transfer_shards"]
     assert began.hooks == ("before_sync", "before_commit", "after_commit", "after_abort")
-    assert isinstance(worker.wavecast_request(Close("group"), ThreadHost()), Done)
+    assert isinstance(ask(worker, Close("group")), Done)
     assert worker.calls[-1] == "after_abort 3"
 
 
@@ -266,5 +284,5 @@ def test_what_after_abort_raises_is_logged(caplog: pytest.LogCaptureFixture) -> 
 
 def test_a_peer_that_lends_its_weights_is_not_disturbed() -> None:
     worker = Hooked(0, 2, 4, 1.0)
-    worker.wavecast_request(Begin(RunId("group", 1), 0, version=None), ThreadHost())
+    ask(worker, Begin(RunId("group", 1), 0, version=None))
     assert worker.calls == ["transfer_shards"]

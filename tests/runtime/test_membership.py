@@ -278,29 +278,27 @@ async def test_the_one_option_does_not_forgive_the_other(option: str) -> None:
 
 
 @pytest.mark.parametrize(("retries", "spoilt"), [(1, 1), (2, 2), (0, 1), (1, 2)])
-async def test_a_checksum_that_differs_is_tried_again_as_often_as_asked(retries: int, spoilt: int) -> None:
+async def test_a_checksum_that_differs_is_tried_again_as_often_as_asked(
+    retries: int, spoilt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = Stage(replicas=1)
     left = [spoilt]
 
-    def spoil(request: Request) -> None:
-        if isinstance(request, Begin):
-            return
-
-        if type(request).__name__ == "Finish" and left[0]:
+    def compare(finished: object, preparation: object) -> None:
+        if left[0]:
             left[0] -= 1
-            (run,) = [session.run for session in stage.replicas[0][0].agent._sessions.values()]
-            assert run is not None
-            run.sums[0][0] = run.sums[0][0] + 1
+            raise ChecksumMismatch("one bit is another", task=2, actors=(0, 2))
 
-    stage.replicas[0][0].on_request = spoil
+    monkeypatch.setattr("wavecast.runtime.sync_run._compare_checksums", compare)
     async with group_of(stage, retries=retries) as group:
         if spoilt > retries:
             with pytest.raises(ChecksumMismatch) as caught:
                 await group.sync(1)
 
-            assert caught.value.versions == {0: Torn(None, 1)}
-            assert caught.value.phase == "verify"
-            assert caught.value.wave is not None
+            error = caught.value
+            assert (error.phase, error.version, error.versions) == ("verify", 1, {0: Torn(None, 1)})
+            assert (error.task, error.tasks, error.wave is not None) == (2, (2,), True)
+            assert error.tensor in ("matrix", "scale")
         else:
             report = await group.sync(1)
             assert (report.attempts, report.version) == (spoilt + 1, 1)

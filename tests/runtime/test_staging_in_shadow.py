@@ -13,7 +13,7 @@ from wavecast.runtime import (
     SyncOptions,
     Torn,
 )
-from wavecast.runtime.transfer.messages import Commit, Finish, Request, RunStep
+from wavecast.runtime.transfer.messages import Begin, Commit, Request, RunStep
 
 __all__ = ("local",)
 
@@ -53,7 +53,7 @@ async def test_weights_change_at_the_commit_and_not_before() -> None:
     assert report.seconds.transfer <= report.pause_seconds <= report.seconds.total
 
 
-@pytest.mark.parametrize("kind", [RunStep, Finish])
+@pytest.mark.parametrize("kind", [RunStep, Begin])
 async def test_a_sync_that_fails_leaves_the_old_version_whole(kind: type[Request]) -> None:
     stage = Stage()
     async with group_of(stage) as group:

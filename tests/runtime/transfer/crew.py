@@ -26,7 +26,6 @@ from wavecast.runtime.transfer.messages import (
     Connected,
     Done,
     Failure,
-    Finish,
     Finished,
     HostStore,
     Load,
@@ -131,9 +130,14 @@ class Crew:
         self.host = ThreadHost()
         self.run = RunId(group, 0)
         self.connection = ""
+        self.finished: dict[int, Finished] = {}
 
-    async def ask(self, actor: int, request: Request, attachment: object = None) -> Reply:
-        return await asyncio.wait_for(self.agents[actor].serve_async(request, self.host, attachment), SECONDS)
+    async def ask(self, actor: int, request: Request, *attachments: object) -> Reply:
+        reply = await asyncio.wait_for(self.agents[actor].serve_async(request, self.host, *attachments), SECONDS)
+        if isinstance(reply, StepDone) and reply.finished is not None:
+            self.finished[actor] = reply.finished
+
+        return reply
 
     async def ask_all(self, request: Callable[[int], Request]) -> list[Reply]:
         return list(await asyncio.gather(*(self.ask(actor, request(actor)) for actor in range(len(self.agents)))))
@@ -193,8 +197,10 @@ class Crew:
         replies = await asyncio.gather(*(self.ask(actor, request) for actor, request in requests))
         expect(StepDone, replies)
 
-    async def finish(self) -> list[Finished]:
-        return expect(Finished, await self.ask_all(lambda actor: Finish(self.run, SECONDS)))
+    def finish(self) -> list[Finished]:
+        """Return what each actor said with its last step."""
+        nothing = Finished((), 0)
+        return [self.finished.get(program.actor, nothing) for program in self.programs]
 
     async def commit(self, version: int | None) -> None:
         expect(Committed, await self.ask_all(lambda actor: Commit(self.run, version)))
@@ -209,7 +215,7 @@ class Crew:
             await self.connect()
 
         await self.move(backwards=backwards)
-        finished = await self.finish()
+        finished = self.finish()
         assert self.mismatches(finished) == []
         await self.commit(version)
         return finished

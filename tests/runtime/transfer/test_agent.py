@@ -22,16 +22,18 @@ from wavecast.runtime.transfer.copying import unpack
 from wavecast.runtime.transfer.memory import Memory, as_bits
 from wavecast.runtime.transfer.messages import (
     Abort,
+    Attach,
     Begin,
     Close,
     Commit,
     Compare,
     Describe,
     Described,
+    Disconnect,
     Done,
     Excerpt,
+    Export,
     Failure,
-    Finish,
     HostStore,
     Load,
     Probe,
@@ -153,8 +155,13 @@ async def test_threads_may_ask_in_any_order_too() -> None:
         threading.Thread(target=answer, daemon=True).start()
         replies.append(future)
 
-    expect(StepDone, await asyncio.wait_for(asyncio.gather(*replies), SECONDS))
-    assert crew.mismatches(await crew.finish()) == []
+    done = expect(StepDone, await asyncio.wait_for(asyncio.gather(*replies), SECONDS))
+    crew.finished = {
+        actor: reply.finished
+        for (actor, _), reply in zip(reversed(requests), done, strict=True)
+        if reply.finished is not None
+    }
+    assert crew.mismatches(crew.finish()) == []
     assert world.arrived()
 
 
@@ -204,7 +211,7 @@ async def test_a_corrupted_destination_shows_in_its_sum_alone(monkeypatch: pytes
     await crew.begin()
     await crew.connect()
     await crew.move()
-    ((_, receiver),) = crew.mismatches(await crew.finish())
+    ((_, receiver),) = crew.mismatches(crew.finish())
     assert memories[0].shards[0].view is world.destinations[receiver - 3]
     assert not world.arrived()
 
@@ -218,7 +225,7 @@ async def test_two_tensors_in_one_memory_show_in_the_sums() -> None:
     await crew.begin()
     await crew.connect()
     await crew.move()
-    assert crew.mismatches(await crew.finish()) == [(0, 1)]
+    assert crew.mismatches(crew.finish()) == [(0, 1)]
 
 
 async def test_sums_can_be_left_out() -> None:
@@ -228,7 +235,7 @@ async def test_sums_can_be_left_out() -> None:
     await crew.begin()
     await crew.connect()
     await crew.move()
-    assert [reply.checksums for reply in await crew.finish()] == [()] * 5
+    assert [reply.checksums for reply in crew.finish()] == [()] * 5
     assert world.arrived()
 
 
@@ -464,7 +471,9 @@ async def test_requests_of_an_older_run_are_refused_and_harm_nothing() -> None:
         Load(old, packed[1]),
         HostStore(old, "another", SECONDS),
         Describe(old),
-        Finish(old, SECONDS),
+        Export(old),
+        Attach(old, ()),
+        Disconnect(old),
         Probe(old, 0),
         Commit(old, 99),
         Commit(old, None),
@@ -477,7 +486,7 @@ async def test_requests_of_an_older_run_are_refused_and_harm_nothing() -> None:
     assert kind_of(await crew.ask(3, Begin(old, 3))) == "SyncAborted"
 
     await crew.move()
-    assert crew.mismatches(await crew.finish()) == []
+    assert crew.mismatches(crew.finish()) == []
     await crew.commit(7)
     assert world.arrived()
     assert [agent.version for agent in crew.agents] == [7] * 5
@@ -498,7 +507,7 @@ async def test_a_run_that_begins_ends_an_older_one_of_another_group() -> None:
     world.fill(3)
     await other.connect()
     await other.move()
-    assert other.mismatches(await other.finish()) == []
+    assert other.mismatches(other.finish()) == []
     await other.commit(3)
     assert world.arrived()
 
@@ -566,7 +575,7 @@ async def test_versions_and_torn_follow_what_was_written() -> None:
     assert await seen() == ([None] * 5, [False] * 5)
     # Connections outlive a dry run.
     await crew.move()
-    await crew.finish()
+    crew.finish()
     await crew.commit(4)
     assert await seen() == ([4] * 5, [False] * 5)
     # Bytes arrived, and nobody verified them.
@@ -579,7 +588,7 @@ async def test_versions_and_torn_follow_what_was_written() -> None:
     assert await seen() == torn
     await crew.connect()
     await crew.move()
-    await crew.finish()
+    crew.finish()
     await crew.commit(5)
     assert await seen() == ([5] * 5, [False] * 5)
 
@@ -614,7 +623,7 @@ async def test_close_lets_go_of_staging_connection_and_thread() -> None:
         fabric.post(0, (1,), torch.zeros(1))
 
     expect(Done, await crew.ask_all(lambda actor: Close(crew.group)))
-    assert kind_of(await crew.ask(0, Finish(crew.run, SECONDS))) == "SyncAborted"
+    assert kind_of(await crew.ask(0, Export(crew.run))) == "SyncAborted"
     assert [agent.version for agent in crew.agents] == [1] * 5
     world.fill(2)
     await crew.sync(2, connect=True)
@@ -697,7 +706,7 @@ async def test_the_whole_check_names_what_differs() -> None:
     await crew.begin()
     await crew.connect()
     await crew.move()
-    await crew.finish()
+    crew.finish()
     world.destinations[0][0, 0] = 1.0
     world.scales[4].fill_(-1)
     found: list[str] = []
@@ -767,7 +776,7 @@ async def test_a_hook_may_yield_its_shards() -> None:
 
 
 async def test_an_actor_that_is_in_no_run_says_so() -> None:
-    failure = await Agent(list).serve_async(Finish(RunId("group", 1), 1.0), ThreadHost())
+    failure = await Agent(list).serve_async(Export(RunId("group", 1)), ThreadHost())
     assert isinstance(failure, Failure)
     assert failure.message == "the actor is in no run of this group: it was closed, or never begun"
 

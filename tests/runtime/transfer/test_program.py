@@ -199,7 +199,7 @@ def wide_program(cuts: int) -> Program:
         for name, shape in [matrices[i % 3]]
     )
     steps = tuple(Step(i, 0, (i + 1,), own[100 * i : 100 * i + 100]) for i in range(cuts // 100))
-    return Program("0" * 64, 0, 1 << 29, True, steps)
+    return Program("0" * 64, 0, 1 << 29, True, False, steps)
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))

@@ -1,0 +1,172 @@
+"""Packing, unpacking and summing up by a few launches a bucket, whatever the number of tensors in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from wavecast.runtime.layout.dtypes import itemsize
+from wavecast.runtime.transfer.copying import window_of
+from wavecast.runtime.transfer.memory import Memory, dtype_of, strided
+from wavecast.runtime.transfer.program import Bucket, Placed
+from wavecast.runtime.transfer.segments import Segment, Strided, join_segments, pair_segments
+from wavecast.runtime.transfer.tables import (
+    Table,
+    build_tables,
+    copy_and_sum_table,
+    copy_table,
+    sum_source,
+    sum_target,
+)
+
+__all__ = ("FusedCopier", "Tables", "Tally")
+
+
+class Tally:
+    """
+    The sums of a run's steps, on the device.
+
+    :param steps: how many
+    """
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self._totals = torch.zeros(max(steps, 1), dtype=torch.int64, device=device)
+        self._ready = torch.cuda.Event()
+        self._ready.record(torch.cuda.current_stream(device))
+
+    def total(self, step: int, stream: torch.cuda.Stream | None = None) -> torch.Tensor:
+        """Return the place of a step's sum; what ``stream`` (else the current one) adds comes after its clearing."""
+        (stream or torch.cuda.current_stream(self._totals.device)).wait_event(self._ready)
+        return self._totals[step : step + 1]
+
+    def values(self, steps: int) -> list[int]:
+        """Fetch the sums. The device must be through with its work."""
+        return [int(value) for value in self._totals.tolist()[:steps]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Packing:
+    """:ivar worked: cuts that need more than a copy: a cast, or to be worked out"""
+
+    copies: tuple[Table, ...]
+    worked: tuple[Placed, ...]
+    worked_sums: tuple[Table, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unpacking:
+    """:ivar more: copies to further views of cuts that are held in several"""
+
+    copies: tuple[Table, ...]
+    more: tuple[Table, ...]
+
+
+class Tables:
+    """What was worked out for the buckets of one program over one memory; kept from run to run."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.packing: dict[tuple[int, int], _Packing] = {}
+        self.unpacking: dict[tuple[int, int], _Unpacking] = {}
+
+
+class FusedCopier:
+    """
+    A :class:`~wavecast.runtime.transfer.copying.Copier` on CUDA whose launches do not grow in number with the tensors.
+
+    A sender sums up what it reads from its weights, a receiver what it finds in its own after writing.
+
+    :param tally: takes the sums; ``None``: none are wanted
+    """
+
+    def __init__(self, tables: Tables, tally: Tally | None) -> None:
+        self._tables = tables
+        self._memory = tables.memory
+        self._tally = tally
+
+    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> None:
+        plan = self._tables.packing.get((step, bucket.first))
+        if plan is None:
+            plan = self._tables.packing[step, bucket.first] = self._plan_packing(bucket)
+
+        base = window.data_ptr()
+        for item in plan.worked:
+            window_of(item, window).copy_(self._memory.source(item.cut), non_blocking=True)
+
+        if self._tally is None:
+            for table in plan.copies:
+                copy_table(table, target_base=base)
+        else:
+            total = self._tally.total(step)
+            for table in plan.copies:
+                copy_and_sum_table(table, total, target_base=base)
+
+            for table in plan.worked_sums:
+                sum_source(table, total, source_base=base)
+
+    def packed(self, step: int, window: torch.Tensor) -> None:
+        pass
+
+    def unpack(self, step: int, bucket: Bucket, window: torch.Tensor, check: Callable[[], None]) -> None:
+        plan = self._tables.unpacking.get((step, bucket.first))
+        if plan is None:
+            plan = self._tables.unpacking[step, bucket.first] = self._plan_unpacking(bucket)
+
+        check()
+        base = window.data_ptr()
+        for table in (*plan.more, *plan.copies):
+            copy_table(table, source_base=base)
+
+        if self._tally is not None:
+            total = self._tally.total(step)
+            for table in plan.copies:
+                sum_target(table, total)
+
+    def sums(self, steps: int) -> list[int]:
+        return [] if self._tally is None else self._tally.values(steps)
+
+    def _plan_packing(self, bucket: Bucket) -> _Packing:
+        segments: list[Segment] = []
+        worked: list[Placed] = []
+        summed: list[Segment] = []
+        for item in bucket.items:
+            cut, wire = item.cut, bucket.first + item.start
+            place = _packed(item)
+            if self._memory.holds_as_is(cut):
+                source = strided(self._memory.source(cut))
+                segments.extend(pair_segments(cut.extent, itemsize(cut.dtype), source, place, wire=wire))
+            else:
+                worked.append(item)
+                summed.extend(pair_segments(cut.extent, itemsize(cut.dtype), place, place, wire=wire))
+
+        device = self._memory.device
+        return _Packing(
+            build_tables(join_segments(segments), device), tuple(worked), build_tables(join_segments(summed), device)
+        )
+
+    def _plan_unpacking(self, bucket: Bucket) -> _Unpacking:
+        segments: list[Segment] = []
+        others: list[Segment] = []
+        for item in bucket.items:
+            cut, wire = item.cut, bucket.first + item.start
+            *more, last = self._memory.targets(cut)
+            place = _packed(item)
+            segments.extend(pair_segments(cut.extent, itemsize(cut.dtype), place, strided(last), wire=wire))
+            for view in more:
+                others.extend(pair_segments(cut.extent, itemsize(cut.dtype), place, strided(view), wire=wire))
+
+        device = self._memory.device
+        return _Unpacking(build_tables(join_segments(segments), device), build_tables(join_segments(others), device))
+
+
+def _packed(item: Placed) -> Strided:
+    """Return where a cut lies in its bucket, as if that began at address 0."""
+    strides: list[int] = []
+    step = dtype_of(item.cut.dtype).itemsize
+    for size in reversed(item.cut.extent):
+        strides.append(step)
+        step *= size
+
+    return Strided(item.start, tuple(reversed(strides)))

@@ -1,0 +1,436 @@
+"""The sync benchmark's cases, what it makes of their figures, and what it writes: all without an actor."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import operator
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import anyio
+import pytest
+
+from wavecast.runtime.errors import ActorDied, ConfigError
+from wavecast.runtime.report import PhaseSeconds, SyncReport
+from wavecast.scheduler import STRATEGIES, RunReport
+
+ROOT = Path(__file__).parents[2]
+MODULES = (
+    "processes",
+    "ceilings",
+    "sync_cases",
+    "sync_traffic",
+    "sync_measure",
+    "sync_table",
+    "sync_chart",
+    "bench_sync",
+)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[SimpleNamespace]:
+    """The command's modules: benchmarks are scripts, found beside each other."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def case(bench, name):
+    (found,) = bench.sync_cases.find_cases(suite=None, names=[name])
+    return found
+
+
+# Cases.
+
+
+def test_names_are_unique_and_each_suite_has_its_cases(bench):
+    names = [found.name for found in bench.sync_cases.CASES]
+    assert len(set(names)) == len(names)
+    sizes = {suite: len(bench.sync_cases.find_cases(suite=suite, names=())) for suite in bench.sync_cases.SUITES}
+    assert sizes == {"two": 10, "four": 11, "schedules": 3 + len(STRATEGIES), "cpu": 17}
+
+
+@pytest.mark.parametrize(("suite", "gpus"), [("two", 2), ("four", 4), ("schedules", 4)])
+def test_cases_fit_the_gpus_of_their_suite(bench, suite, gpus):
+    for found in bench.sync_cases.find_cases(suite=suite, names=()):
+        assert found.reason_to_skip(gpus) is None
+        assert found.sync_options().checksum
+
+
+def test_every_case_has_an_actor_for_each_rank_and_all_of_the_model(bench):
+    for found in bench.sync_cases.find_cases(suite="cpu", names=()):
+        assert len(bench.sync_cases.trainer_memories(found)) == len(found.trainers)
+        plan = bench.sync_traffic.plan_case(found)
+        assert plan.actors == len(found.places)
+        assert plan.nbytes >= bench.sync_cases.model_nbytes(found) * len(found.engines)
+
+
+def test_the_moe_case_has_18867_tensors_of_61_gigabytes(bench):
+    found = case(bench, "across-30b-moe")
+    (memory,) = bench.sync_cases.trainer_memories(found)
+    assert len(memory.layout.pieces) == 18_867
+    assert memory.nbytes == 61_064_245_248
+
+
+def test_an_actor_is_told_its_gpu_by_index(bench):
+    found = case(bench, "colocated-tp4")
+    assert found.places == (0, 1, 2, 3, 0, 1, 2, 3)
+    assert [found.device(actor) for actor in (0, 3, 4, 7)] == ["cuda:0", "cuda:3", "cuda:0", "cuda:3"]
+    assert case(bench, "cpu-colocated-tp4").device(5) == "cpu"
+
+
+def test_a_case_is_skipped_where_gpus_are_missing_and_says_how_many(bench):
+    assert case(bench, "a-tp2-to-tp2").reason_to_skip(2) == "needs 4 GPUs, 2 are here"
+    assert case(bench, "across-7b").reason_to_skip(1) == "needs 2 GPUs, 1 are here"
+    assert case(bench, "cpu-a-tp2-to-tp2").reason_to_skip(0) is None
+
+
+def test_an_unknown_case_is_refused_by_name(bench):
+    with pytest.raises(ConfigError, match="unknown case 'across-8b'"):
+        bench.sync_cases.find_cases(suite=None, names=["across-8b"])
+
+
+def test_a_side_with_another_number_of_ranks_than_gpus_is_refused(bench):
+    wrong = replace(case(bench, "cpu-across-7b"), src="tp=3")
+    with pytest.raises(ConfigError, match="'tp=3' has 3 ranks and is placed on 1 GPUs"):
+        bench.sync_cases.trainer_memories(wrong)
+
+
+def test_fsdp2_gives_each_rank_rows_of_every_parameter(bench):
+    first, second = bench.sync_cases.trainer_memories(case(bench, "cpu-fsdp2-to-tp2"))
+    assert {piece.tensor for piece in first.layout.pieces} == {piece.tensor for piece in second.layout.pieces}
+    assert {piece.box.extent[0] for piece in first.layout.pieces if piece.tensor == "model.norm.weight"} == {192}
+    assert {piece.box.offset[0] for piece in second.layout.pieces if piece.tensor == "model.norm.weight"} == {192}
+
+
+def test_cases_of_the_user_share_gpus_when_there_are_fewer_than_actors(bench):
+    words = {"preset": "tiny-qwen2", "layers": 1, "dtype": "bfloat16", "transport": "auto", "budget_bytes": 1 << 20}
+    found = bench.sync_cases.ad_hoc(src="tp=2", dst="tp=1", replicas=2, gpus=2, options=(), **words)
+    assert (found.trainers, found.engines, found.device(3)) == ((0, 0), ((1,), (1,)), "cuda:1")
+    on_cpu = bench.sync_cases.ad_hoc(src="tp=2", dst="tp=1", replicas=2, gpus=0, options=(), **words)
+    assert (on_cpu.trainers, on_cpu.engines, on_cpu.device(3)) == ((0, 1), ((2,), (3,)), "cpu")
+    with pytest.raises(ConfigError, match="replicas is 0"):
+        bench.sync_cases.ad_hoc(src="tp=1", dst="tp=1", replicas=0, gpus=0, options=(), **words)
+
+
+def test_options_reach_the_group_and_unknown_transports_do_not(bench):
+    options = replace(case(bench, "across-7b-256mib"), options=(("in_flight", 3),)).sync_options()
+    assert (options.budget_bytes, options.in_flight, options.transport) == (256 << 20, 3, "auto")
+    with pytest.raises(ConfigError, match="carrier"):
+        replace(case(bench, "across-7b"), transport="carrier").sync_options()
+
+
+def test_options_of_the_command_override_those_of_a_case(bench):
+    found = case(bench, "schedule-barriers").with_options({"lookahead": 2, "budget_bytes": 1 << 20, "in_flight": 4})
+    options = found.sync_options()
+    assert (options.lookahead, options.budget_bytes, options.in_flight) == (2, 1 << 20, 4)
+    assert bench.bench_sync._option("in_flight=3") == ("in_flight", 3)
+    assert bench.bench_sync._option("transport=nccl") == ("transport", "nccl")
+
+
+def test_an_option_that_the_group_does_not_have_is_refused_by_name(bench):
+    with pytest.raises(ConfigError, match="no option 'speed', given as 9"):
+        case(bench, "across-7b").with_options({"speed": 9}).sync_options()
+
+
+# Traffic.
+
+
+def traffic(bench, name):
+    found = case(bench, name)
+    return bench.sync_traffic.traffic_of(found, bench.sync_traffic.plan_case(found))
+
+
+def test_what_crosses_is_told_from_what_stays(bench):
+    found = traffic(bench, "colocated-7b")
+    assert found.edges == ((0, 1), (1, 0))
+    assert (found.port_bytes, found.crossing_bytes, found.local_bytes) == (7_615_620_096, 15_231_233_024, 7_615_620_096)
+
+
+def test_edges_that_carry_only_norms_do_not_make_the_pattern(bench):
+    assert traffic(bench, "a-tp2-to-tp2").edges == ((0, 2), (1, 3))
+
+
+def test_a_fan_out_is_known_as_a_broadcast_that_leaves_once(bench):
+    found = traffic(bench, "d-fan-out-3")
+    assert found.is_broadcast
+    assert (found.port_bytes, found.crossing_bytes) == (15_231_233_024, 45_693_699_072)
+    assert not traffic(bench, "b-whole-to-tp2").is_broadcast
+
+
+# Ceilings.
+
+
+def test_a_ceiling_counts_the_busiest_port(bench):
+    crossed = bench.ceilings.Ceiling("sendrecv", ((0, 2), (0, 3), (1, 2), (1, 3)), 10, "cuda")
+    assert crossed.port_bytes == 20
+    assert crossed.name == "sendrecv 0>2 0>3 1>2 1>3"
+    fan = ((0, 1), (0, 2), (0, 3))
+    assert bench.ceilings.Ceiling("sendrecv", fan, 10, "cuda").port_bytes == 30
+    assert bench.ceilings.Ceiling("broadcast", fan, 10, "cuda").port_bytes == 10
+
+
+def measured(bench, monkeypatch, rows, error=None):
+    """Return a book whose processes answer ``rows``, and the list of what they were asked."""
+    asked: list[object] = []
+
+    def answer(entry, ceilings, *, world, device, seconds):
+        asked.append((tuple(ceilings), world))
+        return bench.processes.Outcome(tuple(rows), error)
+
+    monkeypatch.setattr(bench.ceilings, "run_processes", answer)
+    return bench.ceilings.CeilingBook(device="cuda", seconds=1.0), asked
+
+
+def test_a_pattern_is_measured_once_and_the_best_way_is_its_ceiling(bench, monkeypatch):
+    rows = [
+        {"index": 0, "seconds": [0.02, 0.03, 0.04]},
+        {"index": 1, "seconds": [0.02]},
+        {"index": 2, "seconds": [0.1]},
+    ]
+    book, asked = measured(bench, monkeypatch, rows)
+    first = book.measure(edges=((0, 2), (1, 3)), port_bytes=10**10, broadcast=False, local=True)
+    assert [row["pattern"] for row in first] == ["sendrecv 0>2 1>3", "ipc 0>2 1>3", "copy within a GPU"]
+    assert bench.ceilings.best_rate(first) == (8 << 30) / 0.02 / 1e9
+    assert bench.ceilings.local_rate(first) == (4 << 30) / 0.1 / 1e9
+    assert first[0]["seconds"] == {"p50": 0.03, "min": 0.02, "max": 0.04}
+    assert book.measure(edges=((0, 2), (1, 3)), port_bytes=61 * 10**9, broadcast=False, local=False) == first[:2]
+    assert [world for _, world in asked] == [4]
+    assert book.rows == first
+
+
+def test_a_ceiling_that_failed_says_why_and_costs_the_others_nothing(bench, monkeypatch):
+    book, _ = measured(bench, monkeypatch, [{"index": 0, "seconds": [0.5]}], "rank 1: no peer access")
+    rows = book.measure(edges=((0, 1),), port_bytes=10**9, broadcast=False, local=False)
+    assert rows[1]["error"] == "rank 1: no peer access"
+    assert bench.ceilings.best_rate(rows) == (10**9) / 0.5 / 1e9
+    assert bench.ceilings.best_rate(rows[1:]) is None
+
+
+def test_receivers_of_the_same_sources_begin_at_different_ones(bench):
+    assert [bench.ceilings._staggered([0, 1], rank) for rank in (2, 3)] == [[0, 1], [1, 0]]
+
+
+# Processes.
+
+
+def test_rows_are_kept_and_a_member_that_fails_is_named(bench):
+    fine = bench.processes.run_processes(operator.methodcaller("report", {"a": 1}), world=2, device="cpu", seconds=50)
+    assert fine == bench.processes.Outcome(({"a": 1}, {"a": 1}), None)
+    failed = bench.processes.run_processes(operator.attrgetter("lost"), world=1, device="cpu", seconds=50)
+    assert failed.error.startswith("rank 0: AttributeError: 'Member' object has no attribute 'lost'")
+
+
+def test_members_that_take_too_long_are_ended(bench):
+    late = bench.processes.run_processes(operator.attrgetter("rank"), world=1, device="cpu", seconds=0.001)
+    assert late == bench.processes.Outcome((), "not done after 0 s")
+
+
+# Figures.
+
+
+def report(total: float, **changes: object) -> SyncReport:
+    seconds = PhaseSeconds(0.001, 0.0, 0.0, total - 0.003, 0.001, 0.001, total)
+    found = SyncReport(
+        version=1,
+        dry_run=False,
+        nbytes=1000,
+        tensors=3,
+        partial=False,
+        routes=3,
+        tasks=2,
+        waves=1,
+        bound_waves=1,
+        makespan_bytes=1000,
+        bound_bytes=1000,
+        gap=1.0,
+        strategy="auto",
+        ports="half",
+        transport="nccl",
+        pulled_nbytes=0,
+        transport_reasons=("asked for",),
+        device="cuda",
+        staging_bytes=64,
+        communicator_bytes=128,
+        host_seconds=0.004,
+        connected=False,
+        planned=False,
+        seconds=seconds,
+        reshard_seconds=0.1,
+        schedule_seconds=0.2,
+        run=RunReport(0.0, ()),
+        digest="d",
+    )
+    return replace(found, **changes)
+
+
+def seen(bench, wall, differing=None):
+    return bench.sync_measure.Seen(tuple(report(value) for value in wall), tuple(wall), differing or {}, 256)
+
+
+def ceilings(rate: float) -> list[dict[str, object]]:
+    return [{"pattern": "ipc 0>1", "kind": "ipc", "gigabytes_per_second": rate}]
+
+
+def row_of(bench, name, wall, rate=380.0, **kwargs):
+    found = case(bench, name)
+    figures = bench.sync_measure.figures(found, traffic(bench, name), seen(bench, wall, **kwargs), ceilings(rate))
+    return {**bench.sync_measure.case_facts(found), "status": "ok", **figures}
+
+
+def test_figures_are_of_the_warm_syncs_alone_and_go_into_json(bench):
+    row = json.loads(json.dumps(row_of(bench, "across-7b", [3.0, 0.05, 0.04, 0.06])))
+    assert row["warm"]["wall"] == {"p50": 0.05, "p95": 0.06, "min": 0.04}
+    assert row["warm"]["count"] == 3
+    assert row["warm"]["verify"]["p50"] == 0.001
+    assert row["first"]["wall"] == 3.0
+    assert row["port_gigabytes_per_second"] == pytest.approx(15_231_233_024 / 0.05 / 1e9)
+    assert row["share_of_ceiling"] == pytest.approx(0.8016, abs=1e-4)
+    assert row["meets_bar"] is False
+    assert row["placement"] == {"trainers": [0], "engines": [[1]]}
+    assert (row["staging_bytes"], row["communicator_bytes"], row["extra_device_bytes"]) == (64, 128, 256)
+
+
+def test_a_case_meets_its_bar_at_its_share_of_the_ceiling(bench):
+    assert row_of(bench, "across-7b", [1.0, 0.0435])["meets_bar"] is True
+    assert row_of(bench, "across-7b", [1.0, 0.0437])["meets_bar"] is False
+
+
+def test_the_fixed_cost_is_held_against_the_time_on_the_wire(bench):
+    row = row_of(bench, "across-0.5b", [1.0, 0.0105])
+    assert row["allowed_seconds"] == pytest.approx(988_065_536 / 380e9 + 0.008)
+    assert row["meets_bar"] is True
+
+
+def test_bytes_that_stay_may_take_what_a_terabyte_a_second_takes(bench):
+    row = row_of(bench, "colocated-7b", [1.0, 0.032])
+    assert row["allowed_seconds"] == pytest.approx(7_615_620_096 / (0.8 * 380e9) + 7_615_620_096 / 1e12)
+    assert row["meets_bar"] is True
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (ValueError("no room"), "ValueError: no room"),
+        (TimeoutError(), "the case was not done after 7 s"),
+        (ActorDied("it is gone", actors=(1,)), "ActorDied: it is gone"),
+    ],
+)
+def test_a_case_that_fails_is_a_row_like_the_others(bench, monkeypatch, raised, said):
+    async def fail(case, *, repeat, seconds):
+        raise raised
+
+    monkeypatch.setattr(bench.sync_measure, "_syncs", fail)
+    book, _ = measured(bench, monkeypatch, [{"index": 0, "seconds": [0.5]}])
+    run = functools.partial(bench.sync_measure.run_case, repeat=1, seconds=7.0)
+    row = anyio.run(run, case(bench, "cpu-across-7b"), book)
+    assert (row["name"], row["status"]) == ("cpu-across-7b", "failed")
+    assert row["error"].startswith(said)
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_without_a_ceiling_there_is_no_share_and_no_verdict(bench):
+    found = case(bench, "across-7b")
+    figures = bench.sync_measure.figures(found, traffic(bench, "across-7b"), seen(bench, [1.0, 0.1]), [])
+    assert (figures["share_of_ceiling"], figures["meets_bar"]) == (None, None)
+
+
+def test_a_bar_on_the_host_thread_counts_too(bench):
+    row = row_of(bench, "across-30b-moe", [1.0, 0.16])
+    assert (row["host_seconds"], row["meets_bar"]) == (0.004, True)
+    found, busy = case(bench, "across-30b-moe"), seen(bench, [1.0, 0.16])
+    slow = replace(busy, reports=tuple(replace(each, host_seconds=0.011) for each in busy.reports))
+    figures = bench.sync_measure.figures(found, traffic(bench, found.name), slow, ceilings(380.0))
+    assert (figures["host_seconds"], figures["meets_bar"]) == (0.011, False)
+
+
+# The table, the chart and the command.
+
+
+def results(bench) -> dict[str, object]:
+    skipped = case(bench, "a-tp2-to-tp2")
+    failed = case(bench, "across-7b-ipc")
+    return {
+        "ceilings": ceilings(380.0),
+        "cases": [
+            row_of(bench, "across-7b", [3.0, 0.05, 0.04, 0.06]),
+            {**bench.sync_measure.case_facts(skipped), "status": "skipped", "reason": "needs 4 GPUs, 2 are here"},
+            {**bench.sync_measure.case_facts(failed), "status": "failed", "error": "ConfigError: no\nmore | of it"},
+        ],
+        "baselines": [
+            {
+                "case": "across-7b",
+                "name": "seed",
+                "title": "the seed's way",
+                "port_bytes": 15_231_233_024,
+                "seconds": {"p50": 0.06, "p95": 0.07, "min": 0.05},
+                "first_seconds": 0.5,
+                "verified": True,
+                "share_of_ceiling": 0.67,
+            },
+            {"case": "across-7b", "name": "per_tensor", "title": "a tensor", "error": "rank 1: lost"},
+        ],
+    }
+
+
+def test_the_table_has_a_line_for_each_case_and_what_ran_beside_it(bench):
+    lines = bench.sync_table.as_markdown(results(bench)).splitlines()
+    assert lines[2:] == [
+        "| 7B dense, 1 to 1, a GPU each | 50.0 | 60.0 | 304.6 | 0.80 | 0.92, missed | 3.00 | 0 + 0 | yes |",
+        "| ... the seed's way | 60.0 | 70.0 | 253.9 | 0.67 |  | 0.50 |  | yes |",
+        "| ... a tensor | rank 1: lost |  |  |  |  |  |  |  |",
+        "| A. 7B dense, TP2 to TP2 | skipped: needs 4 GPUs, 2 are here |  |  |  |  |  |  |  |",
+        "| 7B dense, 1 to 1, CUDA IPC | failed: ConfigError: no |  |  |  |  |  |  |  |",
+    ]
+
+
+def test_a_person_gets_a_line_each(bench):
+    assert bench.sync_table.as_lines(results(bench)) == [
+        "ceiling   ipc 0>1: 380.0 GB/s",
+        "case      across-7b: p50 50.0 ms, p95 60.0 ms, 0.80 of the ceiling, BELOW ITS BAR",
+        "case      a-tp2-to-tp2: skipped: needs 4 GPUs, 2 are here",
+        "case      across-7b-ipc: FAILED: ConfigError: no",
+        "baseline  across-7b seed: p50 60.0 ms",
+        "baseline  across-7b per_tensor: FAILED: rank 1: lost",
+    ]
+
+
+def test_bars_are_of_cases_with_figures_and_baselines_with_shares(bench):
+    ((row, shares),) = bench.sync_chart.bars_of([results(bench)])
+    assert row["name"] == "across-7b"
+    assert shares == {"wavecast": pytest.approx(0.8016, abs=1e-4), "seed": 0.67}
+
+
+def test_the_chart_is_drawn_the_same_twice(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    first = bench.sync_chart.plot([results(bench)], tmp_path / "a").read_bytes()
+    assert bench.sync_chart.plot([results(bench)], tmp_path / "b").read_bytes() == first
+    assert b"across-7b" in first
+
+
+def test_results_are_on_disk_after_every_case(bench, tmp_path, capsys):
+    path = tmp_path / "deep" / "results.json"
+    written: dict[str, object] = {"cases": []}
+    keep = bench.bench_sync._keeper(written, str(path))
+    written["cases"] = [{"name": "one"}]
+    keep("one: done")
+    assert json.loads(path.read_text()) == {"cases": [{"name": "one"}]}
+    assert capsys.readouterr().err == "one: done\n"
+    assert [found.name for found in path.parent.iterdir()] == ["results.json"]
+
+
+def test_the_list_of_cases_needs_no_cluster(bench, capsys):
+    assert bench.bench_sync.main(["--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == "across-7b two 7B dense, 1 to 1, a GPU each".split()
+
+
+def test_cases_on_cpus_and_gpus_do_not_mix(bench, capsys):
+    assert bench.bench_sync.main(["--case", "across-7b", "--case", "cpu-across-7b"]) == 2
+    assert "do not go into one run" in capsys.readouterr().err
