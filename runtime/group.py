@@ -51,7 +51,7 @@ class ParameterSyncGroup:
         self._options = options or SyncOptions()
         self._name = secrets.token_hex(16)
         self._run: SyncRun | None = None
-        self._aside: tuple[RayActors, str] | None = None
+        self._ended = anyio.Event()
         self._closed = False
         self._turns = Turns(self._options.when_busy)
         self._versions = Versions(len(destination.replicas))
@@ -236,8 +236,11 @@ class ParameterSyncGroup:
         require_event_loop()
         self._closed = True
         self._turns.close()
-        if self._aside is not None:
-            await self._release(*self._aside, _DROP_SECONDS)
+        if self._run is not None:
+            # What of it reached an actor later would open there again what is closed here.
+            self._run.scope.cancel()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
+                await self._ended.wait()
 
         await self._release(self._known.actors, self._name, _CLOSE_SECONDS)
 
@@ -332,7 +335,6 @@ class ParameterSyncGroup:
         known.versions.set(0, self._versions[index])
         name = secrets.token_hex(16)
         request = SyncRequest(version, seconds, None, False, False, None, waited, source == "peer")
-        self._aside = (actors, name)
         try:
             return await self._run_once(request, known, name)
         except errors.SyncError as error:
@@ -340,7 +342,6 @@ class ParameterSyncGroup:
             error.versions = {**self._versions.by_index(), index: known.versions[0]}
             raise
         finally:
-            self._aside = None
             self._versions.set(index, known.versions[0])
             await self._release(actors, name, _DROP_SECONDS)
 
@@ -362,50 +363,70 @@ class ParameterSyncGroup:
 
     async def _run_once(self, request: SyncRequest, known: Known, name: str) -> SyncReport:
         """Run one sync to its end, whatever that is: when this returns or raises, nothing of it is left running."""
-        sync = self._run = SyncRun(request, name, known, self._options)
+        sync = self._enter(request, known, name)
         try:
             with sync.scope:
                 report = await sync.run()
                 sync.settle()
                 return report
 
-            await sync.abort(f"the deadline of {request.deadline} seconds passed")
-            raise sync.timeout()
+            await sync.abort(self._why_over(sync))
+            raise self._over(sync)
         except BaseException as error:
             sync.settle()
             with anyio.CancelScope(shield=True):
                 await sync.abort(f"{type(error).__name__}: {error}")
 
-            if self._closed and isinstance(error, errors.SyncAborted):
-                closed = errors.GroupClosed("the group was closed during the sync", version=sync.version)
-                closed.versions = self._versions.by_index()
-                raise closed from error
-
             if isinstance(error, errors.SyncError):
                 sync.locate(error)
                 error.versions = self._versions.by_index()
 
+            if self._closed and isinstance(error, errors.SyncAborted):
+                raise self._over(sync) from error
+
             raise
         finally:
-            self._run = None
+            self._leave()
 
     async def _ask_versions(self, seconds: float) -> None:
         """Ask the replicas' actors for their versions, outside of a sync."""
         request = SyncRequest(None, max(seconds, 0.001), None, False, True, None)
-        run = self._run = SyncRun(request, self._name, self._known, self._options)
+        run = self._enter(request, self._known, self._name)
         try:
             with run.scope:
                 await run.ask_versions()
                 return
 
-            raise run.timeout()
+            raise self._over(run)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await run.abort(f"{type(error).__name__}: {error}")
 
             raise
         finally:
-            self._run = None
+            self._leave()
+
+    def _enter(self, request: SyncRequest, known: Known, name: str) -> SyncRun:
+        self._require_open()
+        self._ended = anyio.Event()
+        self._run = SyncRun(request, name, known, self._options)
+        return self._run
+
+    def _leave(self) -> None:
+        self._run = None
+        self._ended.set()
+
+    def _why_over(self, run: SyncRun) -> str:
+        return "the group was closed" if self._closed else f"the deadline of {run.request.deadline} seconds passed"
+
+    def _over(self, run: SyncRun) -> errors.SyncError:
+        """Return the error of a run whose scope was cancelled: by its deadline, or because the group was closed."""
+        if not self._closed:
+            return run.timeout()
+
+        error = errors.GroupClosed("the group was closed during the sync", version=run.version)
+        error.versions = self._versions.by_index()
+        return error
 
     def _seconds(self, deadline: float | None) -> float:
         seconds = self._options.deadline_seconds if deadline is None else deadline

@@ -77,8 +77,9 @@ class Turns:
         :raises GroupClosed: when the group was closed before
         """
         try:
-            with anyio.move_on_after(seconds):
-                await caller.called.wait()
+            if not caller.called.is_set():
+                with anyio.move_on_after(seconds):
+                    await caller.called.wait()
 
             if self._closed and caller.report is None:
                 raise GroupClosed("the group was closed before it was this caller's turn")
