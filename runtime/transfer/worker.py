@@ -103,11 +103,16 @@ def _read(call: bytes) -> tuple[Request, Host]:
 
 
 def overridden_hooks(worker: TransferWorker) -> dict[str, Hook]:
-    """Return those of the hooks that the worker's class, or the worker itself, has of its own."""
+    """
+    Return those of the hooks that the worker's class, or the worker itself, has of its own.
+
+    Told by their names: Ray wraps every method of an actor class, inherited ones too, and wrappers keep those.
+    """
     found: dict[str, Hook] = {}
     for name in HOOKS:
         hook: Hook = getattr(worker, name)
-        if getattr(hook, "__func__", hook) is not getattr(TransferWorker, name):
+        own = (getattr(hook, "__module__", None), getattr(hook, "__qualname__", None))
+        if own != (TransferWorker.__module__, f"TransferWorker.{name}"):
             found[name] = hook
 
     return found

@@ -9,7 +9,7 @@ import ray
 
 from tests.integration.actors import AsyncActor, PoolActor, ThreadedActor
 from tests.integration.conftest import MakeSides, Pool
-from wavecast.runtime import ParameterSyncGroup, SyncError, SyncOptions, Torn
+from wavecast.runtime import ParameterSyncGroup, SyncOptions, Torn
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -166,13 +166,3 @@ async def test_a_late_joiner_is_served_by_a_peer(make_sides: MakeSides) -> None:
         assert (await group.sync()).version == 8
 
     assert late.differing(1) == sides.differing(1) == {}
-
-
-async def test_a_dead_actor_cannot_say_its_version(make_sides: MakeSides, pool: Pool) -> None:
-    sides = make_sides("tp=1", "tp=1")
-    pool.kill(sides.destinations[0])
-    async with ParameterSyncGroup(*sides.groups()) as group:
-        with pytest.raises(SyncError, match="the actor died"):
-            await group.refresh(deadline=5)
-
-        assert group.versions() == {0: None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from typing import cast
 
@@ -108,6 +109,22 @@ async def test_hooks_that_are_not_overridden_cost_no_round_trip() -> None:
     assert all("RunHook" not in actor.kinds() for actor in stage.actors)
     assert overridden_hooks(stage.trainers[0].worker) == {}
     assert HookSeconds() == HookSeconds(0.0, 0.0, 0.0)
+
+
+def test_an_inherited_hook_that_is_wrapped_is_nobodys_own() -> None:
+    """As Ray does with every method of an actor class."""
+
+    class Wrapped(Holder):
+        """Has one of its own."""
+
+        def before_commit(self, version: int) -> None:
+            pass
+
+    for name in ("before_sync", "before_commit"):
+        method = getattr(Wrapped, name)
+        setattr(Wrapped, name, functools.wraps(method)(lambda self, version, method=method: method(self, version)))
+
+    assert list(overridden_hooks(Wrapped(0, 2, 4, 1.0))) == ["before_commit"]
 
 
 async def test_a_dry_run_ends_in_an_abort() -> None:

@@ -238,3 +238,14 @@ async def test_sources_keep_their_own_version() -> None:
         await group.sync(7)
 
     assert [actor.agent.version for actor in stage.actors] == [None, None, 7, 7, 7, 7]
+
+
+async def test_a_dead_actor_cannot_say_its_version() -> None:
+    stage = Stage()
+    stage.replicas[0][1].kill()
+    async with group_of(stage) as group:
+        with pytest.raises(ActorDied) as caught:
+            await group.refresh(deadline=5)
+
+        assert caught.value.actors == (3,)
+        assert group.versions() == {0: None, 1: None}
