@@ -17,6 +17,7 @@ RUNTIME = (
     "presets",
     "checkpoint",
     "plan",
+    "naming",
     "options",
     "transfer",
     "carriers",

@@ -30,6 +30,7 @@ from wavecast.runtime.layout.mesh import MeshSpec
 from wavecast.runtime.plan.reshard import plan_reshard
 from wavecast.runtime.plan.tasks import build_tasks, group_routes
 from wavecast.runtime.presets import preset
+from wavecast.runtime.transfer.program import compile_programs, pack_programs
 from wavecast.scheduler import plan_waves
 
 _T = TypeVar("_T")
@@ -37,7 +38,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model, how each side holds it, and the seconds and bytes that planning may take at most."""
+    """
+    A model, how each side holds it, and what planning may take at most.
+
+    :ivar limit_seconds: from layouts to schedule
+    :ivar limit_nbytes: of memory, at the peak
+    :ivar limit_program_nbytes: of the largest program, as it is sent to its actor
+    """
 
     preset: str
     src: str
@@ -46,6 +53,7 @@ class Case:
     layers: int | None = None
     limit_seconds: float | None = None
     limit_nbytes: int | None = None
+    limit_program_nbytes: int | None = None
 
 
 _MEGATRON = "tp=4,pp=4,dp=4,ep=8,etp=2"
@@ -56,7 +64,7 @@ CASES = {
     "growth-24": Case("qwen3-235b-a22b", _MEGATRON, "tp=8", 8, layers=24),
     "growth-48": Case("qwen3-235b-a22b", _MEGATRON, "tp=8", 8, layers=48),
     "growth-92": Case("qwen3-235b-a22b", _MEGATRON, "tp=8", 8, layers=92),
-    "qwen3-235b": Case("qwen3-235b-a22b", _MEGATRON, "tp=8", 8, limit_seconds=3.0),
+    "qwen3-235b": Case("qwen3-235b-a22b", _MEGATRON, "tp=8", 8, limit_seconds=3.0, limit_program_nbytes=5 << 20),
     "kimi-k2": Case("kimi-k2", "tp=8,pp=8,dp=4,ep=32,etp=1", "tp=16", 8, limit_seconds=10.0, limit_nbytes=2 << 30),
     "kimi-k2-ep": Case(
         "kimi-k2", "tp=8,pp=8,dp=4,ep=32,etp=1", "tp=8,dp=16,ep=128,etp=1", 1, limit_seconds=10.0, limit_nbytes=2 << 30
@@ -101,9 +109,17 @@ def measure(case: Case) -> dict[str, object]:
     plan = _timed(seconds, "reshard", lambda: plan_reshard(src, dst * case.replicas))
     tasks = _timed(seconds, "tasks", lambda: build_tasks(plan))
     schedule = _timed(seconds, "schedule", lambda: plan_waves(tasks))
-    sent = plan.sent_nbytes()
     planning = seconds["reshard"] + seconds["tasks"] + seconds["schedule"]
     peak = peak_nbytes()
+    packed = _timed(
+        seconds,
+        "programs",
+        lambda: pack_programs(
+            compile_programs(schedule, actors=plan.actors, digest=plan.digest, bucket_bytes=1 << 29, checksum=True)
+        ),
+    )
+    program_nbytes = max(sum(len(step) for step in program.steps) for program in packed)
+    sent = plan.sent_nbytes()
     return {
         **asdict(case),
         "actors": plan.actors,
@@ -120,7 +136,13 @@ def measure(case: Case) -> dict[str, object]:
         "planning_microseconds_a_route": round(planning * 1e6 / len(plan.routes), 3),
         "described_nbytes": described_nbytes,
         "peak_nbytes": peak,
-        "within_limits": planning <= (case.limit_seconds or planning) and peak <= (case.limit_nbytes or peak),
+        "program_nbytes": program_nbytes,
+        "peak_nbytes_with_programs": peak_nbytes(),
+        "within_limits": (
+            planning <= (case.limit_seconds or planning)
+            and peak <= (case.limit_nbytes or peak)
+            and program_nbytes <= (case.limit_program_nbytes or program_nbytes)
+        ),
         "digest": plan.digest,
     }
 
@@ -182,9 +204,10 @@ def table(environment: dict[str, object], results: dict[str, dict[str, object]])
         "reshard",
         "tasks",
         "schedule",
+        "programs",
         "us/route",
     )
-    rows: list[tuple[str, ...]] = [(*titles, "peak MiB", "max/mean", "gap", "limits")]
+    rows: list[tuple[str, ...]] = [(*titles, "peak MiB", "program KiB", "max/mean", "gap", "limits")]
     for name, result in results.items():
         seconds = result["seconds"]
         assert isinstance(seconds, dict)
@@ -192,9 +215,10 @@ def table(environment: dict[str, object], results: dict[str, dict[str, object]])
             (
                 name,
                 *(f"{result[key]:,}" for key in ("actors", "pieces", "routes", "tasks", "waves")),
-                *(f"{seconds[phase]:.3f}" for phase in ("describe", "reshard", "tasks", "schedule")),
+                *(f"{seconds[phase]:.3f}" for phase in ("describe", "reshard", "tasks", "schedule", "programs")),
                 f"{result['planning_microseconds_a_route']:.2f}",
                 f"{int(str(result['peak_nbytes'])) >> 20}",
+                f"{int(str(result['program_nbytes'])) >> 10}",
                 f"{result['sent_max_over_mean']:.3f}",
                 f"{result['gap']:.3f}",
                 "ok" if result["within_limits"] else "OVER",

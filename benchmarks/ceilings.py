@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from common import quantile
-from processes import Member, Row, run_processes
+from processes import Member, Row, run_in_turn
 from torch.multiprocessing.reductions import reduce_tensor
 
 __all__ = ("Ceiling", "CeilingBook", "Edge", "best_rate", "local_rate")
@@ -104,9 +104,9 @@ class CeilingBook:
 
     def _take(self, ceilings: list[Ceiling]) -> None:
         world = max((gpu for ceiling in ceilings for edge in ceiling.edges for gpu in edge), default=0) + 1
-        outcome = run_processes(_measure, ceilings, world=world, device=self._device, seconds=self._seconds)
-        found = {row["index"]: row for row in outcome.rows}
-        for index, ceiling in enumerate(ceilings):
+        named = {ceiling.name: ceiling for ceiling in ceilings}
+        found = run_in_turn(_measure, named, world=world, device=self._device, seconds=self._seconds)
+        for name, ceiling in named.items():
             row: Row = {
                 "pattern": ceiling.name,
                 "kind": ceiling.kind,
@@ -114,15 +114,15 @@ class CeilingBook:
                 "nbytes": ceiling.nbytes,
                 "port_bytes": ceiling.port_bytes,
             }
-            if index in found:
-                seconds = found[index]["seconds"]
+            if "seconds" in found[name]:
+                seconds = found[name]["seconds"]
                 middle = quantile(seconds, 0.5)  # type: ignore[arg-type]
                 row |= {
                     "seconds": {"p50": middle, "min": min(seconds), "max": max(seconds)},  # type: ignore[call-overload]
                     "gigabytes_per_second": ceiling.port_bytes / middle / 1e9,
                 }
             else:
-                row["error"] = outcome.error or "nothing was reported"
+                row["error"] = found[name]["error"]
 
             self._known[ceiling] = row
             self.rows.append(row)
@@ -148,13 +148,13 @@ def _degree(edges: Iterable[Edge]) -> int:
     return max([*leaving.values(), *arriving.values()], default=1)
 
 
-def _measure(member: Member, ceilings: list[Ceiling]) -> None:
+def _measure(member: Member, ceilings: dict[str, Ceiling]) -> None:
     """Measure one after the other, in all processes at once."""
-    for index, ceiling in enumerate(ceilings):
+    for name, ceiling in ceilings.items():
         run = {"sendrecv": _sendrecv, "broadcast": _broadcast, "ipc": _ipc, "copy": _copy}[ceiling.kind]
         seconds = run(member, ceiling)
         if member.rank == 0:
-            member.report({"index": index, "seconds": seconds})
+            member.report({"name": name, "seconds": seconds})
 
         if member.device.type == "cuda":
             torch.cuda.ipc_collect()

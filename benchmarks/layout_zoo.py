@@ -26,6 +26,7 @@ from zoo_sides import Actor, Tensors
 from zoo_verdicts import m2n_says, seed_says
 
 from wavecast.runtime import Layout, SyncOptions, describe
+from wavecast.runtime.carriers import Carriers
 from wavecast.runtime.errors import WavecastError
 from wavecast.runtime.layout.hf import logical_tensors
 from wavecast.runtime.layout.shard import Place
@@ -73,7 +74,7 @@ def run(case: Case) -> Row:
         layouts = _describe(case, sources), _describe(case, found)
         actors = f"{len(sources)} to {len(found)}"
         m2n = m2n or m2n_says(*layouts, colocated=case.colocated)
-        ready = prepare(*layouts, SyncOptions(chunk_bytes=1 << 13), None)
+        ready = prepare(*layouts, SyncOptions(chunk_bytes=1 << 13), None, Carriers("gloo"))
         _move(ready, sources, found)
         elements = _compare(case, found, expected)
     except WavecastError as error:
@@ -136,7 +137,8 @@ def _known_tensors(case: Case) -> Tensors:
     for tensor in logical_tensors(case.config):
         seed = int.from_bytes(hashlib.sha256(tensor.name.encode()).digest()[:6], "big")
         generator = torch.Generator().manual_seed(seed)
-        found[tensor.name] = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(case.dtype)
+        dtype = dtype_of(tensor.dtype) if tensor.dtype else case.dtype
+        found[tensor.name] = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(dtype)
 
     return found
 

@@ -6,7 +6,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-__all__ = ("Member", "Outcome", "run_processes")
+__all__ = ("Member", "Outcome", "run_in_turn", "run_processes")
 
 Row = dict[str, object]
 
@@ -126,32 +126,73 @@ def run_processes(entry: Callable[..., None], *args: object, world: int, device:
         return outcome
 
 
+def run_in_turn(
+    entry: Callable[..., None], items: Mapping[str, object], *args: object, world: int, device: str, seconds: float
+) -> dict[str, Row]:
+    """
+    Run ``entry(member, items, *args)``, which works off ``items`` in order and reports a row each, with its ``"name"``.
+
+    An item that fails gets a row with its error, and those behind it go on in fresh processes.
+
+    :param seconds: for all items together
+    """
+    found: dict[str, Row] = {}
+    remaining = dict(items)
+    until = time.monotonic() + seconds
+    while remaining:
+        left = max(until - time.monotonic(), 1.0)
+        outcome = run_processes(entry, remaining, *args, world=world, device=device, seconds=left)
+        for row in outcome.rows:
+            name = str(row["name"])
+            found[name] = row
+            del remaining[name]
+
+        if remaining:
+            failed = next(iter(remaining))
+            found[failed] = {"name": failed, "error": outcome.error or "nothing was reported"}
+            del remaining[failed]
+
+    return found
+
+
 def _collect(ends: Sequence[Connection], until: float, seconds: float) -> Outcome:
     """Read rows until every process said that it is done, one failed, or the time is up."""
     rows: list[Row] = []
     running = list(ends)
-    while running:
+    error: str | None = None
+    while running and error is None:
         ready = wait(running, timeout=max(until - time.monotonic(), 0))
         if not ready:
-            return Outcome(tuple(rows), f"not done after {seconds:.0f} s")
+            error = f"not done after {seconds:.0f} s"
 
         for end in ready:
-            if not isinstance(end, Connection):
-                continue
+            if isinstance(end, Connection):
+                failure = _read(end, ends.index(end), running, rows)
+                error = error or failure
 
-            try:
-                what, value = end.recv()
-            except EOFError:
-                return Outcome(tuple(rows), f"the process of rank {ends.index(end)} ended without a word")
+    if error is not None:
+        # A row of one member was sent before another failed in what came next: it is here, and counts.
+        for end in list(running):
+            while end in running and end.poll():
+                _read(end, ends.index(end), running, rows)
 
-            if what == "row":
-                rows.append(value)
-            elif what == "done":
-                running.remove(end)
-            else:
-                return Outcome(tuple(rows), f"rank {ends.index(end)}: {value}")
+    return Outcome(tuple(rows), error)
 
-    return Outcome(tuple(rows), None)
+
+def _read(end: Connection, rank: int, running: list[Connection], rows: list[Row]) -> str | None:
+    """Take in one message of a member; return in words how it failed, if it did."""
+    try:
+        what, value = end.recv()
+    except EOFError:
+        running.remove(end)
+        return f"the process of rank {rank} ended without a word"
+
+    if what == "row":
+        rows.append(value)
+        return None
+
+    running.remove(end)
+    return None if what == "done" else f"rank {rank}: {value}"
 
 
 def _end(processes: Sequence[SpawnProcess], *, grace: float) -> None:

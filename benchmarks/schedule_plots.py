@@ -11,8 +11,11 @@ Row = Mapping[str, object]
 _SHOWN = {"chatlearn": "#c44e52", "halving": "#dd8452", "first_fit": "#8c8c8c", "cut": "#55a868", "auto": "#4c72b0"}
 
 
-def plot(report: Mapping[str, object], directory: Path) -> None:
-    """Draw what ``report`` has into ``directory``, as SVG."""
+def plot(report: Mapping[str, object], directory: Path) -> bool:
+    """Draw what ``report`` has into ``directory``, as SVG; return whether it has anything to draw."""
+    if not {"workloads", "scale", "lookahead"} & report.keys():
+        return False
+
     import matplotlib
 
     matplotlib.use("svg")
@@ -32,6 +35,8 @@ def plot(report: Mapping[str, object], directory: Path) -> None:
 
     if "lookahead" in report:
         _lookahead(report["lookahead"], directory / "schedule_lookahead.svg")  # type: ignore[arg-type]
+
+    return True
 
 
 def _gaps(rows: Sequence[Row], path: Path) -> None:

@@ -162,6 +162,7 @@ def _random(rows: Sequence[Row]) -> str:
         "worst_over_possible",
         "median_gap",
         "share_within_5_percent",
+        "share_within_5_percent_of_possible",
         "worst_waves_over_bound",
         "pieces_per_task",
         "most_seconds",
@@ -173,7 +174,10 @@ def _random(rows: Sequence[Row]) -> str:
     return f"### Random plans\n\n{table}"
 
 
-def _relay(rows: Sequence[Row]) -> str:
+def _relay(report: Mapping[str, object]) -> str:
+    rows, more = report["rows"], report["pairs_by_rounds_over_bound"]
+    assert isinstance(rows, list)
+    assert isinstance(more, dict)
     chunks = sorted({int(str(row["chunks"])) for row in rows})
     receivers = sorted({int(str(row["receivers"])) for row in rows})
     found = {(row["receivers"], row["chunks"]): row for row in rows}
@@ -184,7 +188,12 @@ def _relay(rows: Sequence[Row]) -> str:
             for count in receivers
         ],
     )
-    return f"### Relays\n\n{table}"
+    counts = (
+        f"Of all {report['pairs']:,} pairs of up to 128 receivers and up to 64 chunks, "
+        + ", ".join(f"{count:,} take {over} more rounds than the lower bound" for over, count in more.items())
+        + "."
+    )
+    return f"### Relays\n\n{table}\n\n{counts}"
 
 
 def _scale(rows: Sequence[Row]) -> str:
@@ -198,4 +207,12 @@ def _scale(rows: Sequence[Row]) -> str:
             for kind, strategy in kinds
         ],
     )
-    return f"### Scale\n\n{table}"
+    memory = _table(
+        ("peak bytes a task, beyond the tasks themselves", *(f"{count:,} tasks" for count in counts)),
+        [
+            (f"{kind}: {strategy}", *(found[kind, strategy, count]["peak_nbytes_a_task"] for count in counts))
+            for kind, strategy in kinds
+            if found[kind, strategy, counts[0]]["peak_nbytes_a_task"] is not None
+        ],
+    )
+    return f"### Scale\n\n{table}\n\n{memory}"

@@ -75,6 +75,25 @@ def skewed(sources: int, destinations: int, count: int) -> Callable[[], tuple[Ta
     return build
 
 
+def skewed_chains(sources: int, destinations: int, count: int) -> Callable[[], tuple[Task, ...]]:
+    """Return pairs of few, very different sizes, which cannot be cut, most of which come after an earlier one."""
+
+    def build() -> tuple[Task, ...]:
+        rng = random.Random(count)
+        return tuple(
+            Task(
+                id,
+                (rng.randrange(sources),),
+                (sources + rng.randrange(destinations),),
+                rng.choice((8, 8, 8, 16, 32, 512)) * _MB,
+                after=(rng.randrange(max(0, id - 4 * sources), id),) if id and rng.random() < 0.7 else (),
+            )
+            for id in range(count)
+        )
+
+    return build
+
+
 def landing_exchange(tp: int, parts: int, replicas: int) -> Callable[[], tuple[Task, ...]]:
     """Return all ordered pairs in each group of ``parts`` of a replica's ranks: what a landing rank got, passed on."""
 
@@ -150,6 +169,8 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload("world 32: pp4 to pp1", "half", reshard("qwen2.5-7b", "tp=4,pp=4", "tp=4", 4), 4),
     Workload("skewed 8 to 8", "half", skewed(8, 8, 200), 8),
     Workload("skewed 64 to 64", "half", skewed(64, 64, 2000), 8),
+    Workload("skewed chains 8 to 8", "half", skewed_chains(8, 8, 100), 8),
+    Workload("skewed chains 64 to 64", "half", skewed_chains(64, 64, 2000), 8),
     Workload("colocated 8", "half", all_to_all(8, 0), 8),
     Workload("colocated 33", "half", all_to_all(33, 0), 11),
     Workload("colocated 33, full ports", "full", all_to_all(33, 0), 11),

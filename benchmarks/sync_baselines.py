@@ -13,7 +13,7 @@ import torch.distributed as dist
 from baseline_ways import WAYS, Flow, Held
 from ceilings import Row
 from common import quantile
-from processes import Member, run_processes
+from processes import Member, run_in_turn
 from sync_cases import Case, engine_memories, trainer_memories
 from sync_traffic import plan_case, traffic_of
 
@@ -92,31 +92,20 @@ def _in_processes(
         actors=len(memories),
         bucket_bytes=_TOY_BUCKET_BYTES if case.on_cpu else None,
     )
-    found: dict[str, Row] = {}
-    remaining = list(names)
-    until = time.monotonic() + seconds
-    while remaining:
-        outcome = run_processes(
-            _measure,
-            flow,
-            memories,
-            tuple(remaining),
-            repeats,
-            world=len(memories),
-            device="cpu" if case.on_cpu else "cuda",
-            seconds=max(until - time.monotonic(), 1.0),
-        )
-        found |= {str(row.pop("name")): row for row in outcome.rows}
-        remaining = [name for name in remaining if name not in found]
-        if remaining:
-            # The first without a row is the one that failed; those behind it have their turn without it.
-            found[remaining.pop(0)] = {"error": outcome.error or "nothing was reported"}
-
-    return found
+    return run_in_turn(
+        _measure,
+        dict.fromkeys(names),
+        flow,
+        memories,
+        repeats,
+        world=len(memories),
+        device="cpu" if case.on_cpu else "cuda",
+        seconds=seconds,
+    )
 
 
 def _measure(
-    member: Member, flow: Flow, memories: tuple[DemoMemory, ...], names: tuple[str, ...], repeats: int
+    member: Member, names: dict[str, None], flow: Flow, memories: tuple[DemoMemory, ...], repeats: int
 ) -> None:
     actor = DemoActor(memories[member.rank], Weights(seed=0), str(member.device))
     held = Held(actor.transfer_shards())

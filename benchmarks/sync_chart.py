@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from sync_table import Row, as_markdown, rows_of
 
-__all__ = ("PEERS", "bars_of", "main", "plot")
+__all__ = ("PEERS", "bar_of", "bars_of", "main", "plot")
 
 #: Best peer by case, as a share of the best flat transfer of the same bytes; measured on H200s of one host, library
 #: calls alone: no Ray, no checksums.
@@ -82,6 +82,15 @@ def bars_of(reports: Sequence[Mapping[str, object]]) -> list[tuple[Row, dict[str
     return found
 
 
+def bar_of(row: Row) -> float | None:
+    """Return the share at which a case just meets its bar, with what it is allowed on top of the wire's time."""
+    allowed, ceiling = row.get("allowed_seconds"), row.get("ceiling_gigabytes_per_second")
+    if allowed is None or ceiling is None:
+        return None
+
+    return float(str(row["port_bytes"])) / float(str(allowed)) / 1e9 / float(str(ceiling))
+
+
 def plot(reports: Sequence[Mapping[str, object]], directory: Path) -> Path:
     """
     Draw a group of bars a case into ``sync_share.svg`` in ``directory``, and return its path.
@@ -107,13 +116,13 @@ def plot(reports: Sequence[Mapping[str, object]], directory: Path) -> Path:
 
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [str(row["name"]) for row, _ in bars])
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(bars), 1) - 0.5, -0.5)
     axes.set_xlim(0, 1.1)
     axes.set_xlabel("share of the port's ceiling: bytes that must cross, by the time of the whole sync")
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     if once:
-        axes.legend(once.values(), once.keys(), loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
+        axes.legend(once.values(), once.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
 
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "sync_share.svg"
@@ -129,9 +138,9 @@ def _draw_group(axes, place, row, shares):  # type: ignore[no-untyped-def]
         axes.barh(first + number * _HEIGHT, share, _HEIGHT * 0.9, color=_COLOURS.get(name, "#cccccc"), label=name)
 
     low, high = first - _HEIGHT, first + _HEIGHT * len(shares)
-    bar = row.get("bar")
-    if isinstance(bar, Mapping) and not bar["overhead_seconds"]:
-        axes.plot([bar["share"]] * 2, [low, high], color="#55a868", linewidth=2, label="bar")
+    bar = bar_of(row)
+    if bar is not None:
+        axes.plot([bar] * 2, [low, high], color="#55a868", linewidth=2, label="bar")
 
     if str(row["name"]) in PEERS:
         axes.plot([PEERS[str(row["name"])][1]], [place], "D", color="black", markersize=4, label="best peer")

@@ -44,7 +44,40 @@ MOE = ModelConfig.from_dict(
         "tie_word_embeddings": False,
     }
 )
-_MODELS = {"dense": DENSE, "odd": ODD, "tied": TIED, "few": FEW, "moe": MOE}
+#: Mixtral's names: ``block_sparse_moe``, ``w1``, ``w3``, ``w2``.
+MIXTRAL = ModelConfig.from_dict(
+    {**_SIZES, "model_type": "mixtral", "head_dim": 8, "num_hidden_layers": 2, "num_local_experts": 8}
+)
+#: DeepSeek-V3: latent attention, a dense layer, then layers with routed and shared experts and a bias in float32.
+LATENT = ModelConfig.from_dict(
+    {
+        **_SIZES,
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 12,
+        "num_hidden_layers": 3,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "topk_method": "noaux_tc",
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "tie_word_embeddings": False,
+    }
+)
+_MODELS = {
+    "dense": DENSE,
+    "odd": ODD,
+    "tied": TIED,
+    "few": FEW,
+    "moe": MOE,
+    "mixtral": MIXTRAL,
+    "latent": LATENT,
+}
 
 
 @dataclass(frozen=True)
@@ -178,7 +211,9 @@ def _padded_shape(shard: Shard) -> Shard:
 
 _MEGATRON_ONLY = "out of reach: maps ranks of Megatron's axes only"
 _NO_SUCH = "out of reach: its trainers and engines know no such layout"
-_D, _O, _M, _T, _F = DENSE, ODD, MOE, TIED, FEW
+_TWO_FAMILIES = "out of reach: its engines load Qwen and Llama only"
+_ONE_CHUNK = "refuses: virtual pipeline stages"
+_D, _O, _M, _T, _F, _X, _L = DENSE, ODD, MOE, TIED, FEW, MIXTRAL, LATENT
 
 CASES: tuple[Case, ...] = (
     # Tensor and pipeline parallelism of any two sizes.
@@ -213,6 +248,9 @@ CASES: tuple[Case, ...] = (
     _pair("ep 2 x etp 2 to etp 3", "moe", "tp=2,dp=2,ep=2,etp=2", "tp=3,etp=3"),
     _pair("ep 3 (8 experts) to ep 8", "moe", "tp=1,dp=3,ep=3", "dp=8,ep=8"),
     _pair("pp 2 x ep 2 to one, 3 replicas", "moe", "dp=2,pp=2,ep=2", "tp=1", 3),
+    _pair("Mixtral, ep 4 x etp 2 to etp 3", "mixtral", "tp=2,dp=4,ep=4,etp=2", "tp=3,etp=3", seed=_TWO_FAMILIES),
+    _pair("latent attention, pp 2 x ep 4 to ep 3", "latent", "tp=2,dp=2,pp=2,ep=4", "dp=3,ep=3", 2, seed=_TWO_FAMILIES),
+    _pair("latent attention, tp 5 to 3", "latent", "tp=5", "tp=3", seed=_TWO_FAMILIES),
     # Engines of vLLM's make.
     Case("Megatron tp 2 to vLLM tp 4", "dense", sides.megatron(_D, tp=2), sides.engine(_D, tp=4)),
     Case(
@@ -224,6 +262,27 @@ CASES: tuple[Case, ...] = (
     Case("fewer key heads than tp: vLLM tp 12", "few", sides.megatron(_F, tp=2), sides.engine(_F, tp=12)),
     Case("query groups cut: Megatron tp 4 to vLLM tp 2", "few", sides.megatron(_F, tp=4), sides.engine(_F, tp=2)),
     Case("Megatron tp 2 to Megatron tp 4 x pp 2", "few", sides.megatron(_F, tp=2), sides.megatron(_F, tp=4, pp=2)),
+    Case(
+        "virtual stages: Megatron pp 2 x 2 to vLLM tp 2",
+        "dense",
+        sides.megatron(_D, tp=2, pp=2, virtual=2),
+        sides.engine(_D, tp=2).times(2),
+        seed=_ONE_CHUNK,
+    ),
+    Case(
+        "virtual stages of uneven depth to pp 3",
+        "odd",
+        sides.megatron(_O, tp=1, pp=2, virtual=2),
+        sides.mesh(_O, "tp=2,pp=3"),
+        seed=_ONE_CHUNK,
+    ),
+    Case(
+        "to virtual stages: tp 3 to Megatron pp 2 x 2",
+        "dense",
+        sides.mesh(_D, "tp=3"),
+        sides.megatron(_D, tp=2, pp=2, virtual=2),
+        seed=_ONE_CHUNK,
+    ),
     Case("vLLM to Megatron", "dense", sides.engine(_D, tp=4), sides.megatron(_D, tp=2, pp=2), seed=_NO_SUCH),
     Case("experts shared out: ep 8 to vLLM tp 4", "moe", sides.mesh(_M, "dp=8,ep=8"), sides.engine(_M, tp=4, ep=True)),
     Case("experts sliced: ep 2 to vLLM tp 2", "moe", sides.mesh(_M, "dp=2,ep=2"), sides.engine(_M, tp=2).times(2)),
@@ -233,6 +292,27 @@ CASES: tuple[Case, ...] = (
         sides.whole(_M),
         sides.engine(_M, tp=4).times(3),
         seed=_MEGATRON_ONLY,
+    ),
+    Case(
+        "Mixtral, ep 8 to vLLM tp 4",
+        "mixtral",
+        sides.mesh(_X, "dp=8,ep=8"),
+        sides.engine(_X, tp=4).times(2),
+        seed=_TWO_FAMILIES,
+    ),
+    Case(
+        "latent attention, ep 4 x etp 2 to vLLM tp 4, experts shared out",
+        "latent",
+        sides.mesh(_L, "tp=2,dp=4,ep=4,etp=2"),
+        sides.engine(_L, tp=4, ep=True),
+        seed=_TWO_FAMILIES,
+    ),
+    Case(
+        "latent attention, tp 3 to vLLM tp 2 x pp 2",
+        "latent",
+        sides.mesh(_L, "tp=3"),
+        sides.engine(_L, tp=2, pp=2),
+        seed=_TWO_FAMILIES,
     ),
     Case("tied head to vLLM", "tied", sides.mesh(_T, "tp=3"), sides.engine(_T, tp=4, pp=2)),
     # FSDP, ZeRO, and meshes of more dims.

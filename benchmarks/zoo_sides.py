@@ -127,8 +127,8 @@ def mesh(config: ModelConfig, spec: str) -> Side:
     return Side(spec, build, sizes)
 
 
-def _of_rank(tensors: Tensors, config: ModelConfig, sizes: MeshSpec, rank: int, *, unit: int | None = None) -> Tensors:
-    """Return what a rank of a mesh holds; ``unit`` elements, by default a head's, are a head."""
+def _of_rank(tensors: Tensors, config: ModelConfig, sizes: MeshSpec, rank: int) -> Tensors:
+    """Return what a rank of a mesh holds."""
     stage, local = divmod(rank, sizes.tp * sizes.dp)
     tp, etp, ep = local % sizes.tp, local % sizes.etp, local // sizes.etp % sizes.ep
     layers = torch.arange(config.num_layers).tensor_split(sizes.pp)[stage].tolist()
@@ -146,30 +146,31 @@ def _of_rank(tensors: Tensors, config: ModelConfig, sizes: MeshSpec, rank: int, 
 
         if here:
             parts = (sizes.etp, etp) if expert is not None else (sizes.tp, tp)
-            found[name] = _cut(name, tensor, config, *parts, unit=unit or config.head_dim)
+            found[name] = _cut(name, tensor, config, *parts)
 
     return found
 
 
-def _cut(name: str, tensor: torch.Tensor, config: ModelConfig, parts: int, index: int, *, unit: int) -> torch.Tensor:
+def _cut(name: str, tensor: torch.Tensor, config: ModelConfig, parts: int, index: int) -> torch.Tensor:
     """Return part ``index`` of a tensor under tensor parallelism."""
     module = name.split(".")[-2]
     heads = torch.arange(config.num_heads).tensor_split(parts)[index]
     if module in ("k_proj", "v_proj"):
         heads = (heads // (config.num_heads // config.num_kv_heads)).unique()
 
-    if module in ("q_proj", "k_proj", "v_proj"):
-        found: torch.Tensor = tensor.unflatten(0, (-1, unit))[heads].flatten(0, 1)
+    if module in ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"):
+        count = config.num_kv_heads if module in ("k_proj", "v_proj") else config.num_heads
+        found: torch.Tensor = tensor.unflatten(0, (count, -1))[heads].flatten(0, 1)
         return found
 
     if module == "o_proj":
-        found = tensor.unflatten(1, (-1, unit))[:, heads].flatten(1, 2)
+        found = tensor.unflatten(1, (config.num_heads, -1))[:, heads].flatten(1, 2)
         return found
 
-    if module in ("gate_proj", "up_proj", "embed_tokens", "lm_head"):
+    if module in ("gate_proj", "up_proj", "w1", "w3", "embed_tokens", "lm_head"):
         return tensor.tensor_split(parts)[index]
 
-    return tensor.tensor_split(parts, dim=1)[index] if module == "down_proj" else tensor
+    return tensor.tensor_split(parts, dim=1)[index] if module in ("down_proj", "w2") else tensor
 
 
 def pairs(config: ModelConfig, spec: str) -> Side:
@@ -183,7 +184,7 @@ def pairs(config: ModelConfig, spec: str) -> Side:
         found: list[Actor] = []
         for rank, layout in enumerate(layouts(config, sizes)):
             held = _of_rank(plain, config, sizes, rank)
-            held_scales = _of_rank(wholes, config, sizes, rank, unit=config.head_dim // BLOCK[0])
+            held_scales = _of_rank(wholes, config, sizes, rank)
             actor = Actor()
             for piece in layout.pieces:
                 shard = Shard(piece.tensor, actor.keep(held[piece.tensor]), piece.box.offset, piece.global_shape)
@@ -231,9 +232,10 @@ def _stacked(tensors: Tensors) -> Tensors:
             gathered.setdefault(path, {}).setdefault(kind, []).append(tensor)
 
     for path, by_kind in gathered.items():
-        both = [torch.cat(pair) for pair in zip(by_kind["gate_proj"], by_kind["up_proj"], strict=True)]
+        gate, up, down = ("w1", "w3", "w2") if "w1" in by_kind else ("gate_proj", "up_proj", "down_proj")
+        both = [torch.cat(pair) for pair in zip(by_kind[gate], by_kind[up], strict=True)]
         state[f"{path}.gate_up_proj"] = torch.stack(both)
-        state[f"{path}.down_proj"] = torch.stack(by_kind["down_proj"])
+        state[f"{path}.down_proj"] = torch.stack(by_kind[down])
 
     return state
 
@@ -275,7 +277,8 @@ def _engine_parameters(
         return rows(tensor.unflatten(0, (-1, config.head_dim)).repeat_interleave(copies, 0).flatten(0, 1))
 
     copies = max(size // config.num_kv_heads, 1)
-    everywhere, last = config.moe is not None, stage == stages - 1
+    # DeepSeek's class builds embedding and head where they are used, those of the other mixtures everywhere.
+    everywhere, last = config.moe is not None and config.mla is None, stage == stages - 1
     found: Tensors = {}
     if stage == 0 or everywhere or (last and config.tie_word_embeddings):
         found["model.embed_tokens.weight"] = padded(tensors["model.embed_tokens.weight"])
@@ -288,25 +291,33 @@ def _engine_parameters(
                 q, k, v = (own[f"self_attn.{kind}_proj.{leaf}"] for kind in "qkv")
                 found[f"{prefix}self_attn.qkv_proj.{leaf}"] = torch.cat([rows(q), heads(k), heads(v)])
 
+        if config.mla is not None:
+            attention = f"{prefix}self_attn."
+            fused = [own[f"self_attn.{name}.weight"] for name in ("q_a_proj", "kv_a_proj_with_mqa")]
+            found[f"{attention}fused_qkv_a_proj.weight"] = torch.cat(fused)
+            for name in ("q_b_proj.weight", "kv_b_proj.weight"):
+                found[f"{attention}{name}"] = rows(own[f"self_attn.{name}"])
+
         found[f"{prefix}self_attn.o_proj.weight"] = own["self_attn.o_proj.weight"].chunk(size, dim=1)[rank]
-        if "mlp.gate_proj.weight" in own:
-            gate, up, down = (own[f"mlp.{kind}_proj.weight"] for kind in ("gate", "up", "down"))
-            found[f"{prefix}mlp.gate_up_proj.weight"] = torch.cat([rows(gate), rows(up)])
-            found[f"{prefix}mlp.down_proj.weight"] = down.chunk(size, dim=1)[rank]
-        else:
+        for path in ("mlp", "mlp.shared_experts"):
+            if f"{path}.gate_proj.weight" in own:
+                gate, up, down = (own[f"{path}.{kind}_proj.weight"] for kind in ("gate", "up", "down"))
+                found[f"{prefix}{path}.gate_up_proj.weight"] = torch.cat([rows(gate), rows(up)])
+                found[f"{prefix}{path}.down_proj.weight"] = down.chunk(size, dim=1)[rank]
+
+        if any(".experts." in name for name in own):
             stacked = _stacked(own)
-            both, out = stacked["mlp.experts.gate_up_proj"], stacked["mlp.experts.down_proj"]
+            block = "block_sparse_moe" if "block_sparse_moe.gate.weight" in own else "mlp"
+            both, out = stacked[f"{block}.experts.gate_up_proj"], stacked[f"{block}.experts.down_proj"]
             if ep:
                 both, out = both.tensor_split(size)[rank], out.tensor_split(size)[rank]
             else:
                 gate, up = (half.chunk(size, dim=1)[rank] for half in both.chunk(2, dim=1))
                 both, out = torch.cat([gate, up], dim=1), out.chunk(size, dim=2)[rank]
 
-            found[f"{prefix}mlp.experts.w13_weight"], found[f"{prefix}mlp.experts.w2_weight"] = both, out
+            found[f"{prefix}{block}.experts.w13_weight"], found[f"{prefix}{block}.experts.w2_weight"] = both, out
 
-        found |= {
-            f"{prefix}{name}": value for name, value in own.items() if "norm" in name or name == "mlp.gate.weight"
-        }
+        found |= {f"{prefix}{name}": value for name, value in own.items() if "norm" in name or ".gate." in name}
 
     if last or everywhere:
         found["model.norm.weight"] = tensors["model.norm.weight"]
@@ -319,19 +330,30 @@ def _engine_parameters(
 # Trainers.
 
 
-def megatron(config: ModelConfig, *, tp: int, pp: int = 1) -> Side:
-    """Return trainers that hold a dense model as Megatron does, by the pure part of its adapter."""
+def megatron(config: ModelConfig, *, tp: int, pp: int = 1, virtual: int = 1) -> Side:
+    """
+    Return trainers that hold a dense model as Megatron does, by the pure part of its adapter.
+
+    :param virtual: chunks of layers on a stage: chunk ``c`` of stage ``s`` follows that of stage ``s - 1``
+    """
 
     def build(tensors: Tensors) -> list[Actor]:
-        return [_megatron_rank(tensors, config, (rank, tp), (stage, pp)) for stage in range(pp) for rank in range(tp)]
+        found: list[Actor] = []
+        for stage in range(pp):
+            for rank in range(tp):
+                found.append(Actor())
+                for chunk in range(virtual):
+                    _add_chunk(found[-1], tensors, config, (rank, tp), (chunk * pp + stage, pp * virtual))
 
-    spec = f"tp={tp}" + (f",pp={pp}" if pp > 1 else "")
+        return found
+
+    spec = f"tp={tp}" + (f",pp={pp}" if pp > 1 else "") + (f", {virtual} virtual stages each" if virtual > 1 else "")
     return Side(f"Megatron {spec}", build, MeshSpec(tp=tp, pp=pp))
 
 
-def _megatron_rank(tensors: Tensors, config: ModelConfig, tp: tuple[int, int], pp: tuple[int, int]) -> Actor:
+def _add_chunk(actor: Actor, tensors: Tensors, config: ModelConfig, tp: tuple[int, int], pp: tuple[int, int]) -> None:
+    """Put chunk ``pp[0]`` of ``pp[1]``, in the order of the layers, into an actor's memory."""
     (rank, size), (stage, stages) = tp, pp
-    actor = Actor()
 
     def add(held: torch.Tensor, runs: Sequence[Run], *, leaf: str = "weight") -> None:
         local, at = actor.keep(held), 0
@@ -381,8 +403,6 @@ def _megatron_rank(tensors: Tensors, config: ModelConfig, tp: tuple[int, int], p
     if stage == stages - 1:
         add_whole("model.norm.weight")
         add_vocabulary("lm_head")
-
-    return actor
 
 
 @dataclass

@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import click
 
@@ -15,7 +15,7 @@ from wavecast.runtime.errors import WavecastError
 from wavecast.runtime.model import DEFAULT_PRESET, resolve_model
 from wavecast.runtime.plan_job import make_plan, plan_as_json, plan_as_table
 from wavecast.runtime.presets import PRESETS
-from wavecast.scheduler import STRATEGIES, SchedulerError
+from wavecast.scheduler import STRATEGIES, FanOut, SchedulerError
 from wavecast.scheduler import explain as explain_schedule
 
 __all__ = ("main",)
@@ -50,6 +50,13 @@ def _model_options(command: F) -> F:
         click.option("--dtype", default="bfloat16", show_default=True, help="Of the weights, on both sides."),
         click.option("--strategy", default="auto", show_default=True, help=f"Colouring: {', '.join(STRATEGIES)}."),
         click.option("--ports", type=click.Choice(["half", "full"]), default="half", show_default=True),
+        click.option(
+            "--fan-out",
+            type=click.Choice(get_args(FanOut)),
+            default="auto",
+            show_default=True,
+            help="How a task reaches several receivers.",
+        ),
         click.option("--chunk-bytes", type=int, help="The most bytes of a task [default: by the busiest actor]."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of a table."),
     )
@@ -74,6 +81,7 @@ def plan(
     dtype: str,
     strategy: str,
     ports: Literal["half", "full"],
+    fan_out: FanOut,
     chunk_bytes: int | None,
     as_json: bool,
     explain: bool,
@@ -88,6 +96,7 @@ def plan(
         dtype=dtype,
         strategy=strategy,
         ports=ports,
+        fan_out=fan_out,
         chunk_bytes=chunk_bytes,
     )
     if as_json:
@@ -121,6 +130,7 @@ def sync(
     dtype: str,
     strategy: str,
     ports: Literal["half", "full"],
+    fan_out: FanOut,
     chunk_bytes: int | None,
     as_json: bool,
     repeat: int,
@@ -146,6 +156,7 @@ def sync(
         chunk_bytes=chunk_bytes,
         strategy=strategy,
         ports=ports,
+        fan_out=fan_out,
         lookahead=lookahead,
         in_flight=in_flight,
         deadline_seconds=deadline,

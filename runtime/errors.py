@@ -92,7 +92,7 @@ class ActorFailed(SyncError):
 
 
 class SyncTimeout(SyncError):
-    """Raised when the deadline passed; names the tasks and actors that had not answered."""
+    """Raised when the deadline passed, or that of a task; names the tasks and actors that had not answered."""
 
 
 class SyncAborted(SyncError):

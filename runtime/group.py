@@ -330,7 +330,9 @@ class ParameterSyncGroup:
         handles = self._known.actors.handles
         actors = RayActors([handles[actor] for actor in (*numbers, *replica)])
         start = len(numbers)
-        known = Known(actors, start, (range(start, start + len(replica)),), Versions(1))
+        source_names, own_names = self._known.names
+        names = (own_names if source == "peer" else source_names, own_names)
+        known = Known(actors, start, (range(start, start + len(replica)),), Versions(1), names=names)
         known.layouts = dict(self._known.layouts)
         known.versions.set(0, self._versions[index])
         name = secrets.token_hex(16)
@@ -438,7 +440,8 @@ class ParameterSyncGroup:
     # Members.
 
     def _know(self, members: Members) -> Known:
-        return Known(RayActors(members.actors), len(members.trainers), members.replicas, self._versions)
+        names = (members.source.names, members.destination.names)
+        return Known(RayActors(members.actors), len(members.trainers), members.replicas, self._versions, names=names)
 
     async def _change(self, members: Members, seconds: float) -> None:
         """Take on other members: whoever left is let go, the others keep what they hold until it does not fit."""

@@ -64,8 +64,9 @@ class Members:
             raise ConfigError(f"actor {dead!r} is not in this group")
 
         source, destination = (
-            ModelGroup(
-                group.name, [[fresh if actor == dead else actor for actor in replica] for replica in group.replicas]
+            replace(
+                group,
+                replicas=[[fresh if actor == dead else actor for actor in replica] for replica in group.replicas],
             )
             for group in (self.source, self.destination)
         )
@@ -73,7 +74,7 @@ class Members:
 
     def with_replica(self, actors: Sequence[ActorHandle]) -> Members:
         """Return the members with another replica at the end."""
-        destination = ModelGroup(self.destination.name, (*self.destination.replicas, actors))
+        destination = replace(self.destination, replicas=(*self.destination.replicas, actors))
         return replace(self, destination=destination)
 
     def without_replicas(self, indices: Collection[int]) -> Members:
@@ -88,7 +89,7 @@ class Members:
                 raise ConfigError(f"there is no replica {index}, the group has {len(replicas)}")
 
         kept = [replica for index, replica in enumerate(replicas) if index not in indices]
-        return replace(self, destination=ModelGroup(self.destination.name, kept))
+        return replace(self, destination=replace(self.destination, replicas=kept))
 
     def around(self, trainers: Sequence[ActorHandle]) -> Members:
         """Return the members with ``trainers`` out of the plan."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from wavecast.runtime.errors import ConfigError
-from wavecast.scheduler import STRATEGIES
+from wavecast.scheduler import STRATEGIES, FanOut, LinkCost
 
 __all__ = ("SyncOptions", "Transport", "Staging")
 
@@ -24,6 +24,7 @@ _CHOICES = {
 }
 #: About a year; what is much longer no transport can be told.
 _MOST_SECONDS = 3e7
+_LINK = LinkCost()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,10 @@ class SyncOptions:
     :ivar chunk_bytes: the most bytes of a task; ``None`` chooses by the busiest actor's bytes
     :ivar strategy: a name in ``wavecast.scheduler.STRATEGIES``, or ``"auto"``
     :ivar ports: ``"half"``: an actor is in one task at a time; ``"full"``: it may send in one and receive in another
+    :ivar fan_out: how tasks reach several receivers: ``"broadcast"``: one collective each; ``"chain"`` and ``"tree"``:
+        receivers pass on what they got, in later waves; ``"auto"``: what takes the fewest seconds by ``link``
+    :ivar link: what a task costs. With its ``branching`` at 0 a broadcast costs no more than a send, and
+        ``fan_out="auto"`` stays with it; set it to 1 where every receiver costs the sender a copy
     :ivar lookahead: how many waves ahead of the oldest unfinished one a task may start; ``None``: any; 0: a barrier
         after each wave
     :ivar in_flight: tasks an actor may have been given at a time; it works them off in wave order
@@ -45,6 +50,8 @@ class SyncOptions:
     :ivar staging: ``"in_place"``: destinations' weights are written as bytes arrive, a failed sync may leave replicas
         torn; ``"shadow"``: a second copy is written, and copied over them on the device at commit: replicas are whole
         at any time, for as much memory again
+    :ivar task_allowance: a task may take so many times what ``link`` says, for each of ``in_flight``, but a second at
+        least; then the sync fails without waiting for its deadline. ``None``: a task may take as long as the sync
     :ivar release_communicators: give the communicators' memory back after each sync; the next one makes them anew
     :ivar checksum: sum up what is sent and what was written, and compare
     :ivar when_busy: what becomes of a call while another is under way: ``"raise"``: it is refused; ``"queue"``: it
@@ -56,6 +63,8 @@ class SyncOptions:
         others hold what it held
     :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
     :ivar allow_missing: destination tensors that may stay as they are when no source has them
+    :ivar aliases: sets of logical names that are one tensor where weights are tied, such as
+        ``[("model.embed_tokens.weight", "lm_head.weight")]``: what no source holds is read from the one alias they do
     :raises ConfigError: for a value that cannot be
     """
 
@@ -64,10 +73,13 @@ class SyncOptions:
     chunk_bytes: int | None = None
     strategy: str = "auto"
     ports: Literal["half", "full"] = "half"
+    fan_out: FanOut = "auto"
+    link: LinkCost = _LINK
     lookahead: int | None = None
     in_flight: int = 2
     deadline_seconds: float = 300.0
     staging: Staging = "in_place"
+    task_allowance: float | None = None
     release_communicators: bool = False
     checksum: bool = True
     when_busy: Literal["raise", "queue", "coalesce"] = "raise"
@@ -76,11 +88,13 @@ class SyncOptions:
     on_lost_trainer: Literal["raise", "replan"] = "raise"
     frequency: int = 1
     allow_missing: Collection[str] = ()
+    aliases: Collection[Collection[str]] = ()
 
     def __post_init__(self) -> None:
         # A string is a collection of strings too: of its letters.
         _require(not isinstance(self.allow_missing, str), "allow_missing", self.allow_missing, "a collection of names")
         object.__setattr__(self, "allow_missing", frozenset(self.allow_missing))
+        object.__setattr__(self, "aliases", _alias_sets(self.aliases))
         for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "retries", "frequency"):
             value = getattr(self, name)
             optional = name in ("chunk_bytes", "lookahead")
@@ -98,6 +112,8 @@ class SyncOptions:
             f"auto or one of {', '.join(sorted(STRATEGIES))}",
         )
         _require(self.ports in ("half", "full"), "ports", self.ports, "half or full")
+        _require(self.fan_out in get_args(FanOut), "fan_out", self.fan_out, "auto, broadcast, chain or tree")
+        _require(isinstance(self.link, LinkCost), "link", self.link, "a LinkCost")
         _require(self.lookahead is None or self.lookahead >= 0, "lookahead", self.lookahead, "None, 0 or more")
         _require(self.in_flight >= 1, "in_flight", self.in_flight, "at least 1")
         _require(
@@ -110,12 +126,30 @@ class SyncOptions:
             _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
 
         _require(self.retries >= 0, "retries", self.retries, "0 or more")
+        _require(
+            self.task_allowance is None or 1 <= self.task_allowance <= _MOST_SECONDS,
+            "task_allowance",
+            self.task_allowance,
+            f"None, or 1 to {_MOST_SECONDS:.0f}",
+        )
         _require(self.frequency >= 0, "frequency", self.frequency, "0 or more")
 
     @property
     def bucket_bytes(self) -> int:
         """Bytes that travel at once: half of the budget, aligned."""
         return self.budget_bytes // 2 // _ALIGNMENT * _ALIGNMENT
+
+
+def _alias_sets(aliases: Collection[Collection[str]]) -> tuple[tuple[str, ...], ...]:
+    wanted = "a collection of sets of two or more names, each name in one of them"
+    _require(not isinstance(aliases, str), "aliases", aliases, wanted)
+    for names in aliases:
+        sound = not isinstance(names, str) and len(set(names)) > 1 and all(isinstance(name, str) for name in names)
+        _require(sound, "aliases", aliases, wanted)
+
+    every = [name for names in aliases for name in dict.fromkeys(names)]
+    _require(len(set(every)) == len(every), "aliases", aliases, wanted)
+    return tuple(sorted(tuple(sorted(set(names))) for names in aliases))
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:

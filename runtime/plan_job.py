@@ -10,8 +10,8 @@ from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.model import Sides, as_table, describe_sides
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
-from wavecast.runtime.plan.tasks import build_tasks
-from wavecast.scheduler import Schedule, explain, plan_waves, verify
+from wavecast.runtime.plan.tasks import build_tasks, spread_tasks
+from wavecast.scheduler import FanOut, Schedule, explain, plan_waves, verify
 
 __all__ = ("PlanOutcome", "make_plan", "plan_as_json", "plan_as_table", "gigabytes")
 
@@ -41,6 +41,7 @@ def make_plan(
     strategy: str,
     ports: Literal["half", "full"],
     chunk_bytes: int | None,
+    fan_out: FanOut = "auto",
 ) -> PlanOutcome:
     """
     Plan a sync of ``config`` without any actor.
@@ -52,7 +53,7 @@ def make_plan(
     described = time.perf_counter()
     plan = plan_reshard(sides.sources, sides.destinations)
     resharded = time.perf_counter()
-    tasks = build_tasks(plan, chunk_bytes=chunk_bytes)
+    tasks = spread_tasks(build_tasks(plan, chunk_bytes=chunk_bytes), method=fan_out)
     schedule = plan_waves(tasks, strategy=strategy, ports=ports)
     verify(schedule, tasks)
     scheduled = time.perf_counter()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 from wavecast.runtime.carriers import Carriers, PullRule, part_routes
 from wavecast.runtime.errors import ConfigError, LayoutError
 from wavecast.runtime.layout.shard import Layout
+from wavecast.runtime.naming import Renames
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
-from wavecast.runtime.plan.tasks import build_tasks, task_routes
+from wavecast.runtime.plan.tasks import build_tasks, spread_tasks, task_routes
 from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
 from wavecast.scheduler import Schedule, plan_waves, verify
 
@@ -28,6 +31,8 @@ class Preparation:
     """
     A plan made ready to run.
 
+    :ivar driven: the schedule with the order in which calls reach the actors: an actor works its program step by step,
+        sends and receives alike, so that this is the order of half duplex whatever the waves keep to
     :ivar digest: of plan and schedule; all actors' programs carry it
     :ivar programs: one an actor, and ``packed`` the same ready to be sent
     :ivar step_of: by actor, then by task id: the task's position in that actor's program
@@ -42,6 +47,7 @@ class Preparation:
 
     plan: ReshardPlan
     schedule: Schedule
+    driven: Schedule
     digest: str
     programs: tuple[Program, ...]
     packed: tuple[PackedProgram, ...]
@@ -61,12 +67,16 @@ def prepare(
     options: SyncOptions,
     names: frozenset[str] | None,
     carriers: Carriers,
+    *,
+    renames: Sequence[Renames] = (),
 ) -> Preparation:
     """
     Plan, schedule, verify and compile.
 
     :param carriers: the ways open to these actors
     :param names: the tensors selected, or ``None`` for all
+    :param renames: one an actor, where layouts have other names than the actors themselves (see
+        :func:`~wavecast.runtime.naming.name_layouts`)
     :raises LayoutError: when the layouts cannot be served
     """
     start = time.perf_counter()
@@ -76,15 +86,26 @@ def prepare(
 
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
     resharded = time.perf_counter()
+    if options.fan_out in ("chain", "tree") or (options.fan_out == "auto" and options.link.branching):
+        # An engine sends on what it packs from where it was unpacked: a relay's hops are moved, not pulled.
+        carriers = replace(carriers, pulls=frozenset())
+
     layouts = (*sources, *destinations)
     plan = part_routes(plan, layouts, carriers)
     pulled = PullRule(layouts, carriers)
     tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes, apart=pulled)
+    tasks = spread_tasks(tasks, method=options.fan_out, cost=options.link)
     schedule = plan_waves(tasks, strategy=options.strategy, ports=options.ports)
     verify(schedule, tasks)
+    driven = replace(schedule, ports="half")
+    # What the run needs to know of it is worked out here, off the event loop.
+    _ = driven.order
     # What an actor does with a task depends on these as well, and all must agree on it.
     way = f"{carriers.moved}{'+pulls' if carriers.pulls else ''}{'+kernels' if carriers.kernels else ''}"
     digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}-{way}"
+    if any(renames):
+        digest += f"-{hashlib.sha256(repr(tuple(renames)).encode()).hexdigest()[:16]}"
+
     programs = compile_programs(
         schedule,
         actors=len(sources) + len(destinations),
@@ -93,6 +114,7 @@ def prepare(
         checksum=options.checksum,
         kernels=carriers.kernels,
         pulled=pulled,
+        renames=renames,
     )
     step_of = tuple({step.task: index for index, step in enumerate(program.steps)} for program in programs)
     in_order = [task for wave in schedule.waves for task in wave.tasks]
@@ -103,6 +125,7 @@ def prepare(
     return Preparation(
         plan=plan,
         schedule=schedule,
+        driven=driven,
         digest=digest,
         programs=programs,
         packed=pack_programs(programs),
@@ -117,12 +140,19 @@ def prepare(
     )
 
 
-def select_names(sources: Sequence[Layout], destinations: Sequence[Layout], only: Only) -> frozenset[str] | None:
+def select_names(
+    sources: Sequence[Layout],
+    destinations: Sequence[Layout],
+    only: Only,
+    *,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> frozenset[str] | None:
     """
     Return the names that ``only`` picks out of what the destinations hold, or ``None`` for all.
 
     ``"trainable"`` picks the tensors that some source holds and no source has frozen.
 
+    :param aliases: names that are known to the plan by another: to pick either is to pick the tensor
     :raises ConfigError: for any other string, which is a collection of letters
     :raises LayoutError: for a name that no destination holds, and when nothing is picked
     """
@@ -138,7 +168,7 @@ def select_names(sources: Sequence[Layout], destinations: Sequence[Layout], only
     elif callable(only):
         names = frozenset(name for name in held if only(name))
     else:
-        names = frozenset(only)
+        names = frozenset(aliases.get(name, name) for name in only)
         unknown = sorted(names - held.keys())
         if unknown:
             raise LayoutError(f"only= names {unknown[0]!r}, which no destination holds", tensor=unknown[0])

@@ -41,6 +41,17 @@ def _llama(**sizes: object) -> dict[str, object]:
     }
 
 
+def _mixtral(**sizes: object) -> dict[str, object]:
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "torch_dtype": "bfloat16",
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+        **sizes,
+    }
+
+
 def _deepseek(**sizes: object) -> dict[str, object]:
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -65,7 +76,7 @@ def _deepseek(**sizes: object) -> dict[str, object]:
     }
 
 
-#: The part of each model's published ``config.json`` that decides its tensors. The last two are made for
+#: The part of each model's published ``config.json`` that decides its tensors. The last four are made for
 #: demonstrations: small, and with 12 query heads, so that tensor parallelism of 2, 3, 4, 6 and 12 cuts them.
 PRESETS: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
@@ -139,20 +150,15 @@ PRESETS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             vocab_size=151936,
             tie_word_embeddings=False,
         ),
-        "mixtral-8x7b": {
-            "architectures": ["MixtralForCausalLM"],
-            "model_type": "mixtral",
-            "torch_dtype": "bfloat16",
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "vocab_size": 32000,
-            "tie_word_embeddings": False,
-        },
+        "mixtral-8x7b": _mixtral(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            num_local_experts=8,
+            vocab_size=32000,
+        ),
         "deepseek-v3": _deepseek(
             num_attention_heads=128,
             num_key_value_heads=128,
@@ -189,6 +195,32 @@ PRESETS: Mapping[str, Mapping[str, object]] = MappingProxyType(
             moe_intermediate_size=128,
             vocab_size=8192,
             tie_word_embeddings=False,
+        ),
+        "tiny-mixtral": _mixtral(
+            hidden_size=256,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            head_dim=32,
+            num_local_experts=8,
+            vocab_size=8192,
+        ),
+        "tiny-deepseek-v3": _deepseek(
+            hidden_size=256,
+            intermediate_size=512,
+            moe_intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=12,
+            num_key_value_heads=12,
+            n_routed_experts=16,
+            first_k_dense_replace=1,
+            q_lora_rank=96,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            vocab_size=8192,
         ),
     }
 )

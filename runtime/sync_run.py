@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -15,6 +16,8 @@ from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.connection import Connection
 from wavecast.runtime.layout.shard import Layout
+from wavecast.runtime.layout.views import NameMap
+from wavecast.runtime.naming import Naming, name_layouts
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Only, Preparation, prepare, select_names
 from wavecast.runtime.report import HookSeconds, PhaseSeconds, SyncReport
@@ -36,9 +39,9 @@ from wavecast.runtime.transfer.messages import (
     StepDone,
 )
 from wavecast.runtime.versions import Versions
-from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, run
+from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, TaskTimeout, run
 
-__all__ = ("Progress", "SyncRequest", "Known", "SyncRun")
+__all__ = ("Progress", "SyncRequest", "Known", "SyncRun", "compare_checksums")
 
 #: After the deadline: to end what is running on the actors.
 _ABORT_SECONDS = 0.7
@@ -82,18 +85,30 @@ class Known:
     :ivar sources: how many of the actors, from the first on, are sources
     :ivar replicas: the numbers of the actors of each replica
     :ivar versions: of the replicas
+    :param names: the name maps of both sides
     :ivar layouts: by digest
+    :ivar naming: the last layouts under logical names, with what they were made of
     :ivar prepared: the last preparation, with what it was made for
     :ivar refused: pairs of sender and receiver of which the receiver could not map the sender's memory
     """
 
-    def __init__(self, actors: RayActors, sources: int, replicas: tuple[range, ...], versions: Versions) -> None:
+    def __init__(
+        self,
+        actors: RayActors,
+        sources: int,
+        replicas: tuple[range, ...],
+        versions: Versions,
+        *,
+        names: tuple[NameMap | None, NameMap | None],
+    ) -> None:
         self.actors = actors
         self.sources = sources
         self.replicas = replicas
         self.versions = versions
+        self.names = names
         self.connection = Connection(actors)
         self.layouts: dict[str, Layout] = {}
+        self.naming: tuple[tuple[object, ...], Naming] | None = None
         self.prepared: tuple[tuple[object, ...], Preparation] | None = None
         self.refused: frozenset[tuple[int, int]] = frozenset()
         self._chosen: tuple[object, Carriers] | None = None
@@ -169,7 +184,7 @@ class SyncRun:
         if not request.dry_run:
             with watch.measure("verify"):
                 if self._options.checksum:
-                    _compare_checksums(self._finished, preparation)
+                    compare_checksums(self._finished, preparation)
 
                 if request.validate:
                     await self._validate(preparation)
@@ -446,9 +461,9 @@ class SyncRun:
         return tuple((reply.digest, reply.place) for reply in began), self._carriers(began), names
 
     async def _prepare(self, began: list[Began], only: Only) -> tuple[Preparation, bool]:
-        layouts = [replace(self._known.layouts[reply.digest], place=reply.place) for reply in began]
-        sources, destinations = layouts[: self._sources], layouts[self._sources :]
-        names = select_names(sources, destinations, only)
+        naming = await self._named(began)
+        sources, destinations = naming.sources, naming.destinations
+        names = select_names(sources, destinations, only, aliases=naming.aliases)
         carriers = self._carriers(began)
         key = self._key(began, names)
         if self._known.prepared is not None and self._known.prepared[0] == key:
@@ -456,10 +471,31 @@ class SyncRun:
 
         # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on.
         preparation = await anyio.to_thread.run_sync(
-            prepare, sources, destinations, self._options, names, carriers, abandon_on_cancel=True
+            partial(prepare, sources, destinations, self._options, names, carriers, renames=naming.renames),
+            abandon_on_cancel=True,
         )
         self._known.prepared = (key, preparation)
         return preparation, True
+
+    async def _named(self, began: list[Began]) -> Naming:
+        """Return both sides under logical names; worked out off the loop when a layout has changed."""
+        known = self._known
+        key = tuple((reply.digest, reply.place) for reply in began)
+        if known.naming is None or known.naming[0] != key:
+            layouts = [replace(known.layouts[reply.digest], place=reply.place) for reply in began]
+            naming = await anyio.to_thread.run_sync(
+                partial(
+                    name_layouts,
+                    layouts[: self._sources],
+                    layouts[self._sources :],
+                    source_names=known.names[0],
+                    destination_names=known.names[1],
+                    aliases=self._options.aliases,
+                )
+            )
+            known.naming = (key, naming)
+
+        return known.naming[1]
 
     async def _transfer(self, preparation: Preparation) -> RunReport:
         async def dispatch(task: Task) -> list[StepDone]:
@@ -484,9 +520,14 @@ class SyncRun:
         # The run has the same deadline and can say more of it: it goes first.
         self.scope.deadline += _PRECEDENCE_SECONDS
         options = self._options
+        allowed = None
+        if options.task_allowance is not None:
+            # A task may have to wait at an actor for those it was given before.
+            allowed = options.link.allow(factor=options.task_allowance * options.in_flight)
+
         try:
             return await run(
-                preparation.schedule,
+                preparation.driven,
                 dispatch,
                 lookahead=options.lookahead,
                 deadline=self._seconds_left,
@@ -494,7 +535,15 @@ class SyncRun:
                 in_flight=options.in_flight,
                 abort_seconds=_ABORT_SECONDS + _PRECEDENCE_SECONDS,
                 on_receipt=self.request.progress,
+                task_seconds=allowed,
             )
+        except TaskTimeout as timeout:
+            raise errors.SyncTimeout(
+                f"task {timeout.task.id} of {timeout.task.nbytes} bytes took longer than it is allowed",
+                phase=self.watch.phase,
+                actors=self._owing or timeout.task.members,
+                task=timeout.task.id,
+            ) from timeout
         except TaskFailed as failure:
             raise _from_task(failure) from failure
         except RunTimeout as timeout:
@@ -593,9 +642,9 @@ def _describe_transport(preparation: Preparation) -> str:
     return "+".join(ways) or preparation.carriers.moved
 
 
-def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
+def compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
     """
-    Compare what each receiver found in its memory with what the sender sent.
+    Compare what each receiver found in its memory with what the sender sent, and what is passed on with what came.
 
     :raises ChecksumMismatch: naming task, tensor and actors
     """
@@ -604,6 +653,7 @@ def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) 
         for task in wave.tasks:
             sender = task.senders[0]
             sent = finished[sender].checksums[step_of[sender][task.id]]
+            _require_passed_on(task, sent, finished, preparation)
             for receiver in task.receivers:
                 index = step_of[receiver][task.id]
                 found = finished[receiver].checksums[index]
@@ -616,6 +666,23 @@ def _compare_checksums(finished: dict[int, Finished], preparation: Preparation) 
                         actors=(sender, receiver),
                         task=task.id,
                     )
+
+
+def _require_passed_on(task: Task, sent: int, finished: dict[int, Finished], preparation: Preparation) -> None:
+    sender = task.senders[0]
+    for before in task.after:
+        # A hop comes after the one that brought its bytes, and after nothing else at its sender.
+        index = preparation.step_of[sender][before]
+        got = finished[sender].checksums[index]
+        if got != sent:
+            cuts = preparation.programs[sender].steps[index].cuts
+            raise errors.ChecksumMismatch(
+                f"what was passed on sums up to {sent:#x}, what had come to {got:#x}: "
+                f"{len(cuts)} cuts from {cuts[0].tensor!r} on",
+                tensor=cuts[0].tensor,
+                actors=(sender,),
+                task=task.id,
+            )
 
 
 def _from_task(failure: TaskFailed) -> errors.SyncError:

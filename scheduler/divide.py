@@ -9,8 +9,10 @@ from wavecast.scheduler.bounds import divisible_nbytes, lower_bound, uncut_nbyte
 from wavecast.scheduler.cost import LinkCost
 from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.konig import is_bipartite
+from wavecast.scheduler.leveling import level_rounds
 from wavecast.scheduler.openshop import open_shop
 from wavecast.scheduler.ports import PortModel, TaskGraph, build_graph
+from wavecast.scheduler.relaxation import relax
 from wavecast.scheduler.schedule import Schedule, gather, plan_waves
 from wavecast.scheduler.task import Task
 
@@ -18,6 +20,12 @@ __all__ = ("chunk_sizes", "Cut", "Division", "plan_divisible", "plan_preemptive"
 
 # So many times a size that first fit cannot do with is tried with a strategy that searches.
 _SEARCHES = 5
+# More chunks a task than this are left to rounds where colouring is only a heuristic.
+_PIECES_PER_TASK = 4
+# How often rounds look again at what is left: the coarser make fewer pieces.
+_LOOK_AGAIN = (16, 32, 64, 128, 256)
+# Rounding to whole units makes the rounds of the linear programme a little longer.
+_ROOM = 0.99
 
 
 def chunk_sizes(nbytes: int, *, chunk_bytes: int, min_chunk_bytes: int = 1) -> tuple[int, ...]:
@@ -88,46 +96,117 @@ def plan_divisible(
 
     Sizes between that cannot get there, or be better than the best so far, whatever the colouring, are skipped
     (:func:`~wavecast.scheduler.bounds.uncut_nbytes`). A size is tried with ``largest_first``, which is fast and often
-    enough, then with ``strategy``: that up to five times.
+    enough, then with ``strategy``: that up to five times, and where the goal is met in more waves than needed.
+
+    Where the conflicts are not bipartite and there are no dependencies, no more than four chunks a task are tried, and
+    ``strategy`` on whole tasks alone. After these come pieces of any number of ``min_chunk_bytes``: in rounds of the
+    longest that is left (:func:`~wavecast.scheduler.leveling.level_rounds`), then, for small plans, in rounds of the
+    shortest sum there is (:func:`~wavecast.scheduler.relaxation.relax`), whose own bound may show that there is no more
+    to gain.
 
     A piece comes after all pieces of the tasks that its task comes after.
 
     :param max_gap: the gap to reach, 1 or more
+    :param min_chunk_bytes: no piece is smaller, but for the last one of a task
     :param cost: of a task, to weigh the start-ups of more waves against shorter ones
     :raises ScheduleError: as :func:`~wavecast.scheduler.plan_waves` does
     """
     tasks = tuple(tasks)
     graph = build_graph(tasks, ports)
-    price = LinkCost(alpha_seconds=0.0, nbytes_per_second=1.0) if cost is None else cost
-    goal = max_gap * divisible_nbytes(graph)
-    best = Division(plan_waves(()), ())
-    least = float("inf")  # seconds of the best
-    chunk_bytes = max(graph.nbytes, default=0)
-    searches = 0
-    while True:
-        last = chunk_bytes < 4 * min_chunk_bytes // 3
-        shortest = uncut_nbytes(graph, chunk_bytes=max(chunk_bytes, 1))
-        promising = shortest <= goal or (last and cost is None)
-        if not best.cuts or (promising and _fewest_seconds(graph, shortest, chunk_bytes, price) < least):
-            sizes = [
-                chunk_sizes(nbytes, chunk_bytes=max(chunk_bytes, 1), min_chunk_bytes=min_chunk_bytes)
-                for nbytes in graph.nbytes
-            ]
-            pieces, cuts = _cut(tasks, sizes)
-            for way in ("largest_first", strategy)[: 2 if searches < _SEARCHES else 1]:
-                schedule = plan_waves(pieces, strategy=way, ports=ports)
-                searches += way == strategy
-                seconds = sum(price.seconds(wave.longest_nbytes) for wave in schedule.waves)
-                if seconds < least:
-                    best, least = Division(schedule, cuts), seconds
+    search = _Search(tasks, graph, ports, min_chunk_bytes, cost, max_gap)
+    if graph.after or is_bipartite(graph):
+        search.try_chunks(strategy, searches=_SEARCHES)
+    else:
+        search.try_chunks(strategy, searches=1, most_pieces=_PIECES_PER_TASK * len(tasks))
+        search.try_rounds()
 
-                if schedule.makespan_bytes <= goal:
-                    return best
+    return search.best
 
-        if last:
-            return best
 
-        chunk_bytes = chunk_bytes * 3 // 4
+class _Search:
+    """The best division met so far, and the ways to look for a better one."""
+
+    def __init__(
+        self,
+        tasks: tuple[Task, ...],
+        graph: TaskGraph,
+        ports: PortModel,
+        min_chunk_bytes: int,
+        cost: LinkCost | None,
+        max_gap: float,
+    ) -> None:
+        self.best = Division(plan_waves((), ports=ports), ())
+        self._tasks = tasks
+        self._graph = graph
+        self._ports = ports
+        self._unit = min_chunk_bytes
+        self._max_gap = max_gap
+        self._goal = max_gap * divisible_nbytes(graph)
+        self._free = cost is None  # start-ups cost nothing
+        self._price = LinkCost(alpha_seconds=0.0, nbytes_per_second=1.0) if cost is None else cost
+        self._seconds = float("inf")  # of the best
+        self._rank = (float("inf"), 0, float("inf"))  # of the best
+
+    @property
+    def _met(self) -> bool:
+        return bool(self.best.cuts) and self.best.schedule.makespan_bytes <= self._goal
+
+    def try_chunks(self, strategy: str, *, searches: int, most_pieces: int | None = None) -> None:
+        """Try whole tasks, then chunks of ever smaller size, until the goal is met."""
+        graph = self._graph
+        chunk_bytes = max(graph.nbytes, default=0)
+        while True:
+            size = max(chunk_bytes, 1)
+            last = chunk_bytes < 4 * self._unit // 3
+            shortest = uncut_nbytes(graph, chunk_bytes=size)
+            promising = shortest <= self._goal or (last and self._free)
+            if not self.best.cuts or (
+                promising and _fewest_seconds(graph, shortest, chunk_bytes, self._price) < self._seconds
+            ):
+                sizes = [chunk_sizes(nbytes, chunk_bytes=size, min_chunk_bytes=self._unit) for nbytes in graph.nbytes]
+                if most_pieces is not None and sum(map(len, sizes)) > most_pieces:
+                    return
+
+                pieces, cuts = _cut(self._tasks, sizes)
+                schedule = plan_waves(pieces, strategy="largest_first", ports=self._ports)
+                self._keep(Division(schedule, cuts))
+                # Where as few waves as possible are to be had at the same gap, more are for nothing.
+                spare = most_pieces is None and len(schedule.waves) > schedule.bound.waves
+                if spare if self._met else searches:
+                    searches -= not self._met
+                    self._keep(Division(plan_waves(pieces, strategy=strategy, ports=self._ports), cuts))
+
+            if last or self._met:
+                return
+
+            chunk_bytes = chunk_bytes * 3 // 4
+
+    def try_rounds(self) -> None:
+        """Try rounds of any lengths, until the goal is met or shown to be out of reach."""
+        units = [-(-nbytes // self._unit) for nbytes in self._graph.nbytes]
+        for parts in _LOOK_AGAIN:
+            if self._met:
+                return
+
+            rounds = level_rounds(self._graph, units, parts=parts)
+            self._keep(_pieces(self._tasks, self._graph, rounds, self._unit, self._ports, "leveled"))
+
+        if not self._met:
+            relaxed = relax(
+                self._graph,
+                unit=self._unit,
+                bound_enough=self.best.schedule.makespan_bytes / self._max_gap,
+                sum_enough=_ROOM * self._goal,
+            )
+            if relaxed.rounds and self.best.schedule.makespan_bytes > self._max_gap * relaxed.bound:
+                self._keep(_pieces(self._tasks, self._graph, relaxed.rounds, self._unit, self._ports, "relaxed"))
+
+    def _keep(self, division: Division) -> None:
+        seconds = sum(self._price.seconds(wave.longest_nbytes) for wave in division.schedule.waves)
+        # Within the goal fewer waves are better than fewer bytes, unless seconds weigh both.
+        rank = (max(seconds, self._goal) if self._free else seconds, len(division.schedule.waves), seconds)
+        if rank < self._rank:
+            self.best, self._rank, self._seconds = division, rank, seconds
 
 
 def _fewest_seconds(graph: TaskGraph, shortest: int, chunk_bytes: int, cost: LinkCost) -> float:
@@ -161,14 +240,29 @@ def plan_preemptive(tasks: Iterable[Task], *, ports: PortModel = "half", min_chu
 
     units = [-(-nbytes // min_chunk_bytes) for nbytes in graph.nbytes]
     rounds = open_shop(graph.ports, units, n_ports=graph.n_ports)
+    return _pieces(tasks, graph, rounds, min_chunk_bytes, ports, "preemptive")
+
+
+def _pieces(
+    tasks: tuple[Task, ...],
+    graph: TaskGraph,
+    rounds: Sequence[tuple[int, tuple[int, ...]]],
+    unit: int,
+    ports: PortModel,
+    strategy: str,
+) -> Division:
+    """Cut tasks into what rounds of whole units hold of them; a task of no bytes gets a wave of its own."""
     sizes: list[list[int]] = [[] for _ in tasks]
     waves: list[list[int]] = [[] for _ in tasks]
+    left = list(graph.nbytes)
     for wave, (length, members) in enumerate(rounds):
         for task in members:
-            # The last unit of a task may be a short one.
-            left = graph.nbytes[task] - sum(sizes[task])
-            sizes[task].append(min(length * min_chunk_bytes, left))
-            waves[task].append(wave)
+            # The last unit of a task may be a short one, and nothing may be left of it.
+            nbytes = min(length * unit, left[task])
+            if nbytes:
+                left[task] -= nbytes
+                sizes[task].append(nbytes)
+                waves[task].append(wave)
 
     for task, nbytes in enumerate(graph.nbytes):
         if nbytes == 0:
@@ -176,13 +270,9 @@ def plan_preemptive(tasks: Iterable[Task], *, ports: PortModel = "half", min_chu
             waves[task].append(len(rounds) + task)
 
     pieces, cuts = _cut(tasks, sizes)
+    bound = lower_bound(build_graph(pieces, ports))
     return Division(
-        Schedule(
-            gather(pieces, [wave for task in waves for wave in task]),
-            lower_bound(build_graph(pieces, ports)),
-            ports,
-            "preemptive",
-        ),
+        Schedule(gather(pieces, [wave for task in waves for wave in task]), bound, ports, strategy),
         cuts,
     )
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wavecast.scheduler.task import Task
-
 if TYPE_CHECKING:
     from wavecast.scheduler.receipt import TaskReceipt
+    from wavecast.scheduler.task import Task
 
 __all__ = ("SchedulerError", "ScheduleError", "RunError", "TaskFailed", "TaskTimeout", "RunTimeout")
 

@@ -48,7 +48,8 @@ async def run(
 
     When a task fails, the deadline passes or the caller is cancelled, all dispatches in flight are cancelled and
     ``abort`` is called once, shielded from cancellation, while they wind down. Nothing is left running when this
-    function is left.
+    function is left: hence a dispatch that resists its cancellation, or blocks the event loop, holds it up for as long
+    as it pleases, past any deadline.
 
     :param dispatch: start a task and return what to await; must be open to cancellation
     :param lookahead: how many waves past the oldest unfinished one may start: ``None`` for any, 0 for a strict barrier

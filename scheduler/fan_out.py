@@ -167,7 +167,8 @@ def _choose(
     chunks: list[Task], receivers: tuple[int, ...], ports: PortModel, cost: LinkCost, method: FanOut
 ) -> tuple[Hop, ...] | None:
     """Return the hops of the cheapest way, or None for a broadcast of each chunk."""
-    if method == "broadcast":
+    # Where further receivers cost nothing: a relay has no fewer rounds than chunks, each as long as the largest.
+    if method == "broadcast" or (method == "auto" and not cost.branching):
         return None
 
     ways = {"chain": chain_hops, "tree": tree_hops}

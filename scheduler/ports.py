@@ -75,8 +75,8 @@ def build_graph(tasks: Sequence[Task], ports: PortModel) -> TaskGraph:
 
     Linear in the number of memberships; never looks at a payload.
 
-    :raises ScheduleError: for a repeated id, no sender, no receiver, negative bytes, an unknown or cyclic ``after``, or
-        an unknown port model
+    :raises ScheduleError: for a repeated id, no sender, no receiver, an unknown or cyclic ``after``, or an unknown port
+        model
     """
     if ports not in get_args(PortModel):
         raise ScheduleError(f"ports is {ports!r}: it must be one of {', '.join(get_args(PortModel))}")
@@ -94,7 +94,7 @@ def build_graph(tasks: Sequence[Task], ports: PortModel) -> TaskGraph:
             )
 
         senders, receivers = task.senders, task.receivers
-        if not senders or not receivers or task.nbytes < 0:
+        if not senders or not receivers:
             _refuse(task)
 
         # An actor's ports are 2 * actor (the only one in the half model) and 2 * actor + 1 (its in-port).
@@ -121,10 +121,7 @@ def _refuse(task: Task) -> None:
     if not task.senders:
         raise ScheduleError(f"task {task.id} has no sender (its receivers: {task.receivers})", tasks=(task.id,))
 
-    if not task.receivers:
-        raise ScheduleError(f"task {task.id} has no receiver (its senders: {task.senders})", tasks=(task.id,))
-
-    raise ScheduleError(f"task {task.id} has {task.nbytes} bytes: it must have 0 or more", tasks=(task.id,))
+    raise ScheduleError(f"task {task.id} has no receiver (its senders: {task.senders})", tasks=(task.id,))
 
 
 def _name(name: int, full: bool) -> str:

@@ -119,8 +119,8 @@ def plan_waves(tasks: Iterable[Task], *, strategy: str = "auto", ports: PortMode
     :param strategy: a key of :data:`~wavecast.scheduler.STRATEGIES`
     :param ports: ``half``: an actor is in one task a wave; ``full``: it sends one and receives one
     :return: the same schedule for the same tasks, on any machine
-    :raises ScheduleError: for an unknown strategy or port model, a repeated id, a task without sender or receiver or
-        with negative bytes, and for an unknown or cyclic dependency
+    :raises ScheduleError: for an unknown strategy or port model, a repeated id, a task without sender or receiver,
+        and for an unknown or cyclic dependency
     """
     tasks = tuple(tasks)
     chosen = STRATEGIES.get(strategy)

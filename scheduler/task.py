@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from wavecast.scheduler.errors import ScheduleError
+
 __all__ = ("Task",)
 
 
@@ -16,12 +18,16 @@ class Task:
     Actors are plain integers; what is moved is known to whoever dispatches the task, through ``payload``. An actor may
     be sender and receiver of the same task: a copy inside it.
 
+    Lists of actors and ids are taken as tuples. That a task has a sender and a receiver, and ids that exist, is checked
+    where tasks are scheduled.
+
     :ivar id: unique within a schedule
     :ivar senders: actors that hold the bytes, at least one
     :ivar receivers: actors that get them, at least one; each gets all ``nbytes``
     :ivar nbytes: bytes that leave a sender, and bytes that reach each receiver
     :ivar after: ids of tasks that must have finished first (a relay forwards what it received)
     :ivar payload: carried along untouched; takes part in equality
+    :raises ScheduleError: for negative bytes, and for actors or ids that are no sequence
     """
 
     id: int
@@ -30,6 +36,22 @@ class Task:
     nbytes: int
     after: tuple[int, ...] = ()
     payload: Hashable = None
+
+    def __post_init__(self) -> None:
+        # There may be a hundred thousand: one look at each where nothing is to be done.
+        if not (type(self.senders) is type(self.receivers) is type(self.after) is tuple and self.nbytes >= 0):
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.nbytes < 0:
+            raise ScheduleError(f"task {self.id} has {self.nbytes} bytes: it must have 0 or more", tasks=(self.id,))
+
+        for name in ("senders", "receivers", "after"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple, range)):
+                raise ScheduleError(f"task {self.id} has {name} {value!r}: give a tuple of integers", tasks=(self.id,))
+
+            object.__setattr__(self, name, tuple(value))
 
     @property
     def members(self) -> tuple[int, ...]:

@@ -37,7 +37,8 @@ def shards(
     """
     Return the shards of an unsharded module: every parameter whole, in the order of its state dict.
 
-    Buffers, and parameters without ``requires_grad``, are not trainable.
+    Buffers, and parameters without ``requires_grad``, are not trainable: where a trainer changes a buffer by rules of
+    its own, ``dataclasses.replace(shard, trainable=True)`` says so.
 
     :param model: a Transformers module, or a state dict
     :param config: of the model; left out, a module's own ``config`` is read. Without one, or for an architecture

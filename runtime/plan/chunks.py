@@ -10,7 +10,7 @@ from wavecast.runtime.errors import ConfigError
 from wavecast.runtime.layout.dtypes import ITEMSIZE
 from wavecast.runtime.plan.route import Route
 
-__all__ = ("cut_run", "choose_chunk_bytes", "MIN_CHUNK_BYTES", "MAX_CHUNK_BYTES")
+__all__ = ("cut_run", "choose_chunk_bytes", "MIN_CHUNK_BYTES", "MAX_CHUNK_BYTES", "LARGEST_ELEMENT")
 
 #: Below this a link is far from its speed: NCCL reaches 138 GB/s at 16 MiB, 349 at 1 GiB.
 MIN_CHUNK_BYTES = 16 << 20
@@ -21,7 +21,8 @@ _FINEST = 32  # the search goes down to one part in so many of the busiest port'
 _START_NBYTES = 64 << 20  # what a link could have moved while a call reaches an actor and its answer the driver
 _KINDS, _COUNTS, _SIZES = 8, 24, 256  # how far the search looks
 _EVEN = 256  # chunks may differ by one part in so many where that spares cutting a row
-_SMALLEST = max(ITEMSIZE.values())
+#: The least that a chunk may be.
+LARGEST_ELEMENT = max(ITEMSIZE.values())
 
 
 def choose_chunk_bytes(
@@ -68,8 +69,8 @@ def cut_run(routes: Sequence[Route], *, chunk_bytes: int) -> tuple[tuple[Route, 
 
     :raises ConfigError: when ``chunk_bytes`` is less than the largest element (16 bytes)
     """
-    if chunk_bytes < _SMALLEST:
-        raise ConfigError(f"chunk_bytes is {chunk_bytes}; an element may need {_SMALLEST}")
+    if chunk_bytes < LARGEST_ELEMENT:
+        raise ConfigError(f"chunk_bytes is {chunk_bytes}; an element may need {LARGEST_ELEMENT}")
 
     total = sum(route.nbytes for route in routes)
     count = -(-total // chunk_bytes)

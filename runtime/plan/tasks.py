@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
-from wavecast.runtime.plan.chunks import MIN_CHUNK_BYTES, choose_chunk_bytes, cut_run
+from wavecast.runtime.errors import ConfigError
+from wavecast.runtime.plan.chunks import LARGEST_ELEMENT, MIN_CHUNK_BYTES, choose_chunk_bytes, cut_run
 from wavecast.runtime.plan.collector import paused_collector
 from wavecast.runtime.plan.reshard import ReshardPlan
 from wavecast.runtime.plan.route import Route
-from wavecast.scheduler.task import Task
+from wavecast.scheduler import FanOut, LinkCost, Task, fan_out
 
-__all__ = ("build_tasks", "task_routes", "relabel", "group_routes")
+__all__ = ("MAX_TASKS", "build_tasks", "spread_tasks", "task_routes", "relabel", "group_routes")
+
+#: So many are scheduled in two seconds, and each costs its members a call.
+MAX_TASKS = 1 << 16
 
 _Members = tuple[int, tuple[int, ...]]
 #: Members of a run of bytes, and what ``apart`` says of its routes.
@@ -37,7 +41,8 @@ def build_tasks(
     :param min_chunk_bytes: the least that is chosen when ``chunk_bytes`` is left out; a run shorter than that is one
         task
     :param apart: routes of which this says different things never share a task
-    :raises ConfigError: when ``chunk_bytes`` is less than an element
+    :raises ConfigError: when ``chunk_bytes`` is less than an element, or makes more tasks than :data:`MAX_TASKS` and
+        than there are runs
     """
     with paused_collector():
         return _build(plan, chunk_bytes, min_chunk_bytes, apart)
@@ -54,6 +59,8 @@ def _build(
         busiest = max((*plan.sent_nbytes(), *plan.received_nbytes()), default=0)
         runs = (sum(route.nbytes for route in routes) for routes in groups.values())
         chunk_bytes = choose_chunk_bytes(busiest, runs, min_chunk_bytes=min_chunk_bytes)
+    else:
+        _check_count(groups.values(), chunk_bytes)
 
     rank = {members: place for place, members in enumerate(sorted(groups, key=_diagonal(groups)))}
     chunks: list[tuple[float, int, _Run, tuple[Route, ...]]] = []
@@ -67,6 +74,21 @@ def _build(
         Task(id, (members[0],), members[1], sum(route.nbytes for route in payload), payload=payload)
         for id, (_, _, members, payload) in enumerate(chunks)
     )
+
+
+def spread_tasks(tasks: Iterable[Task], *, method: FanOut = "auto", cost: LinkCost | None = None) -> tuple[Task, ...]:
+    """
+    Return ``tasks`` as they reach their receivers: broadcasts as they are, or relays hop by hop.
+
+    A hop (:func:`~wavecast.scheduler.fan_out`) carries the routes of the broadcast it was part of, from the actor that
+    sends it to the one that gets it. Tasks without a hop stay the same objects.
+
+    :param tasks: what :func:`build_tasks` made
+    :param method: how; ``"auto"`` relays where that takes fewer seconds by ``cost``
+    :param cost: of a link; without ``branching`` a broadcast is never slower, and stays
+    """
+    # Whatever the waves are planned for, an actor works one task at a time: a relay's rounds are those of half duplex.
+    return tuple(map(relabel, fan_out(tasks, method=method, ports="half", cost=cost)))
 
 
 def group_routes(routes: Iterable[Route]) -> dict[tuple[int, tuple[int, ...]], tuple[Route, ...]]:
@@ -111,6 +133,19 @@ def relabel(task: Task) -> Task:
         return task
 
     return replace(task, payload=tuple(replace(route, sender=sender, receivers=receivers) for route in routes))
+
+
+def _check_count(runs: Collection[tuple[Route, ...]], chunk_bytes: int) -> None:
+    """Refuse chunks so small that planning would not end in any reasonable time."""
+    if chunk_bytes < LARGEST_ELEMENT:
+        raise ConfigError(f"chunk_bytes is {chunk_bytes}; an element may need {LARGEST_ELEMENT}")
+
+    sizes = [sum(route.nbytes for route in routes) for routes in runs]
+    count = sum(-(-nbytes // chunk_bytes) for nbytes in sizes)
+    if count > max(MAX_TASKS, len(sizes)):
+        raise ConfigError(
+            f"chunk_bytes is {chunk_bytes}: it cuts {sum(sizes)} bytes into {count} tasks, more than {MAX_TASKS}"
+        )
 
 
 def _kinds(routes: tuple[Route, ...], apart: Callable[[Route], bool] | None) -> list[tuple[bool, tuple[Route, ...]]]:

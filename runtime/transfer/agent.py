@@ -339,7 +339,7 @@ class Agent:
             addresses=self._moves,
             unshared=self._unshared,
             kernels=live.device.type == "cuda" and has_kernels(),
-            hooks=self._hooks.names,
+            hooks=self._hooks.names if request.version is not None else (),
             hook_seconds=hook_seconds,
             shadow_bytes=self._shadow.nbytes if self._shadow is not None and request.shadow else 0,
         )
@@ -423,7 +423,7 @@ class Agent:
 
     def _probe(self, session: Session, request: Probe) -> Excerpt:
         run = session.current(request.run)
-        return Excerpt(read_step(session.buckets_of(request.step), run.memory))
+        return Excerpt(read_step(session.buckets_of(request.step), session.memory_of(run)))
 
     def _attach(self, session: Session, request: Attach, attachments: tuple[object, ...]) -> Reply:
         found: dict[int, Addresses] = {}
@@ -453,7 +453,7 @@ class Agent:
         if not isinstance(attachment, Excerpt):
             raise TypeError(f"expected the sender's excerpt, got {type(attachment).__name__}")
 
-        return Done(compare_step(session.buckets_of(request.step), run.memory, attachment.data))
+        return Done(compare_step(session.buckets_of(request.step), session.memory_of(run), attachment.data))
 
 
 def _listed(found: object) -> list[Shard]:
@@ -468,9 +468,12 @@ def _listed(found: object) -> list[Shard]:
 
 
 def _received(program: Program) -> frozenset[str]:
-    """Return the names of the tensors that a program writes."""
+    """Return the actor's own names of the tensors that a program writes."""
     steps = (step for step in program.steps if program.actor in step.receivers)
-    return frozenset(cut.tensor for step in steps for cut in step.cuts)
+    written = {cut.tensor for step in steps for cut in step.cuts}
+    renamed = dict(program.renames)
+    own = {name for name, logical in renamed.items() if not written.isdisjoint(logical)}
+    return frozenset(own | (written - renamed.keys()))
 
 
 def _answered(reply: Reply) -> Future[Reply]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 
 import torch
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.naming import Renames
 from wavecast.runtime.transfer.program import Cut
 from wavecast.runtime.transfer.segments import Strided
 
@@ -29,11 +31,24 @@ class Memory:
         self.shards = tuple(shards)
         self.device = _common_device(self.shards)
         self.signature = _signature(self.shards)
-        self._by_name: dict[str, list[Shard]] = {}
+        # What was received: a cut may be passed on, and another shard of the same name may not have been written.
+        self._written: dict[Cut, torch.Tensor] = {}
         self._addresses = self.addresses()
         self._shapes = [shard.view.shape for shard in self.shards]
-        for shard in self.shards:
-            self._by_name.setdefault(shard.name, []).append(shard)
+        self._by_name = _by_name(self.shards, {})
+        self._under: tuple[Renames, Memory] | None = None
+
+    def under(self, renames: Renames) -> Memory:
+        """Return the same memory, found by other names: those of a program's cuts. For the same object the same."""
+        if not renames:
+            return self
+
+        if self._under is None or self._under[0] is not renames:
+            other = copy(self)
+            other._by_name = _by_name(self.shards, dict(renames))
+            self._under = (renames, other)
+
+        return self._under[1]
 
     def addresses(self) -> list[int]:
         """Return the address of each shard's first element, 0 where it has none."""
@@ -54,7 +69,15 @@ class Memory:
         )
 
     def source(self, cut: Cut) -> torch.Tensor:
-        """Return what holds ``cut``, from the first shard that has all of it; a computed one works it out now."""
+        """
+        Return what holds ``cut``: the view it was received into last, if it was.
+
+        Otherwise of the first shard that has all of it; a computed one works it out now.
+        """
+        written = self._written.get(cut)
+        if written is not None:
+            return written
+
         shard = self._holders(cut)[0]
         if isinstance(shard.view, Computed):
             start = tuple(a - b for a, b in zip(cut.offset, shard.offset, strict=True))
@@ -64,6 +87,9 @@ class Memory:
 
     def holds_as_is(self, cut: Cut) -> bool:
         """Tell whether what :meth:`source` returns has the bytes that travel: no cast, nothing to work out."""
+        if cut in self._written:
+            return True
+
         view = self._holders(cut)[0].view
         return isinstance(view, torch.Tensor) and view.dtype == dtype_of(cut.dtype)
 
@@ -78,6 +104,7 @@ class Memory:
         if not views:
             raise LayoutError(f"no shard of {cut.tensor!r} can take dtype {cut.dtype}", tensor=cut.tensor)
 
+        self._written[cut] = views[-1]
         return views
 
     def _holders(self, cut: Cut) -> list[Shard]:
@@ -133,6 +160,15 @@ def count_nan(shards: Sequence[Shard]) -> tuple[tuple[str, int], ...]:
                 found[shard.name] = found.get(shard.name, 0) + count
 
     return tuple(found.items())
+
+
+def _by_name(shards: Sequence[Shard], names: Mapping[str, tuple[str, ...]]) -> dict[str, list[Shard]]:
+    found: dict[str, list[Shard]] = {}
+    for shard in shards:
+        for name in names.get(shard.name, (shard.name,)):
+            found.setdefault(name, []).append(shard)
+
+    return found
 
 
 def _narrow(view: torch.Tensor, offset: tuple[int, ...], cut: Cut) -> torch.Tensor:

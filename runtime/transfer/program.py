@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.dtypes import itemsize
+from wavecast.runtime.naming import Renames
 from wavecast.runtime.plan.route import Route
 from wavecast.runtime.plan.tasks import task_routes
 from wavecast.scheduler import Schedule
@@ -79,6 +80,7 @@ class Program:
     :ivar checksum: whether both ends of a step sum up its bytes
     :ivar kernels: packing, unpacking and summing up are done by fused kernels, on all actors or on none: the two ways
         have sums of their own
+    :ivar renames: the actor's own names of which cuts have others; names that are missing here are the cuts' own
     """
 
     digest: str
@@ -87,6 +89,7 @@ class Program:
     checksum: bool
     kernels: bool
     steps: tuple[Step, ...]
+    renames: Renames = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +106,12 @@ class PackedProgram:
     checksum: bool
     kernels: bool
     steps: tuple[bytes, ...]
+    renames: Renames = ()
 
     def unpack(self) -> Program:
         """Return the program."""
         steps = tuple(pickle.loads(step) for step in self.steps)
-        return Program(self.digest, self.actor, self.bucket_bytes, self.checksum, self.kernels, steps)
+        return Program(self.digest, self.actor, self.bucket_bytes, self.checksum, self.kernels, steps, self.renames)
 
 
 class Placed(NamedTuple):
@@ -140,11 +144,13 @@ def compile_programs(
     checksum: bool,
     kernels: bool = False,
     pulled: Callable[[Route], bool] | None = None,
+    renames: Sequence[Renames] = (),
 ) -> tuple[Program, ...]:
     """
     Return the program of each actor: its own steps, in wave order. Tasks carry their routes as payload.
 
     :param pulled: tells whether a route is pulled; all routes of a task alike. Left out, none is
+    :param renames: one an actor, or none at all
     """
     steps: list[list[Step]] = [[] for _ in range(actors)]
     for wave in schedule.waves:
@@ -155,7 +161,10 @@ def compile_programs(
             for member in task.members:
                 steps[member].append(step)
 
-    return tuple(Program(digest, actor, bucket_bytes, checksum, kernels, tuple(own)) for actor, own in enumerate(steps))
+    return tuple(
+        Program(digest, actor, bucket_bytes, checksum, kernels, tuple(own), renames[actor] if renames else ())
+        for actor, own in enumerate(steps)
+    )
 
 
 def pack_programs(programs: Iterable[Program]) -> tuple[PackedProgram, ...]:
@@ -169,7 +178,15 @@ def pack_programs(programs: Iterable[Program]) -> tuple[PackedProgram, ...]:
 
         steps = tuple(pickled[step.task] for step in program.steps)
         packed.append(
-            PackedProgram(program.digest, program.actor, program.bucket_bytes, program.checksum, program.kernels, steps)
+            PackedProgram(
+                program.digest,
+                program.actor,
+                program.bucket_bytes,
+                program.checksum,
+                program.kernels,
+                steps,
+                program.renames,
+            )
         )
 
     return tuple(packed)

@@ -208,13 +208,17 @@ class Session:
         self._forwards = sends and any(program.actor in step.receivers for step in program.steps)
         self._allocate()
 
+    def memory_of(self, run: Run) -> Memory:
+        """Return the run's memory, found by the names that the program's cuts have. On the lane."""
+        return run.memory if self._program is None else run.memory.under(self._program.renames)
+
     def export(self, name: RunId) -> Addresses:
         """Say where the cuts lie that others pull from this actor, and let them. On the lane."""
         run = self.current(name)
         if self._bell is None:
             self._bell = torch.zeros(1, dtype=torch.int64, device=run.memory.device)
 
-        addresses = export_addresses(self._loaded(), run.memory, self._bell)
+        addresses = export_addresses(self._loaded(), self.memory_of(run), self._bell)
         self._exported = run.memory
         self.ring(run)
         return addresses
@@ -232,9 +236,10 @@ class Session:
     def attach(self, name: RunId, found: Mapping[int, Addresses]) -> None:
         """Map what this actor pulls from, and work out all that is pulled. On the lane."""
         run, program = self.current(name), self._loaded()
-        puller = self._pulling(run.memory)
+        memory = self.memory_of(run)
+        puller = self._pulling(memory)
         puller.attach(found)
-        puller.begin(run.memory, run.ready)
+        puller.begin(memory, run.ready)
         puller.prepare(program)
 
     def buckets_of(self, step: int) -> tuple[Bucket, ...]:
@@ -348,20 +353,21 @@ class Session:
         return fences
 
     def _begin_steps(self, run: Run, program: Program) -> None:
+        memory = self.memory_of(run)
         if self._staging is not None:
             self._staging.begin(run.ready)
 
         if any(step.pull for step in program.steps):
-            self._pulling(run.memory).begin(run.memory, run.ready)
+            self._pulling(memory).begin(memory, run.ready)
 
         if program.kernels:
-            if self._tables is None or self._tables.memory is not run.memory:
-                self._tables = Tables(run.memory)
+            if self._tables is None or self._tables.memory is not memory:
+                self._tables = Tables(memory)
 
-            run.tally = Tally(len(program.steps), run.memory.device) if program.checksum else None
+            run.tally = Tally(len(program.steps), memory.device) if program.checksum else None
             run.copier = FusedCopier(self._tables, run.tally)
         else:
-            run.copier = TensorCopier(run.memory, checksum=program.checksum)
+            run.copier = TensorCopier(memory, checksum=program.checksum)
 
     def _pull(self, run: Run, step: Step, index: int) -> Sequence[Fence]:
         puller = self._pulling(run.memory)

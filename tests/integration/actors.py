@@ -134,3 +134,20 @@ class OneTensor(TransferWorker):
 
     def values(self) -> list[float]:
         return [float(value) for value in self.tensor]
+
+
+class NamedTensors(TransferWorker):
+    """Vectors under names of its own, each held whole."""
+
+    def __init__(self, values: dict[str, list[float]]) -> None:
+        self.tensors = {name: torch.tensor(row) for name, row in values.items()}
+
+    def transfer_shards(self) -> list[Shard]:
+        return [Shard(name, tensor, (0,), tuple(tensor.shape)) for name, tensor in self.tensors.items()]
+
+    def add(self, number: float) -> None:
+        for tensor in self.tensors.values():
+            tensor.add_(number)
+
+    def values(self) -> dict[str, list[float]]:
+        return {name: [float(value) for value in tensor] for name, tensor in self.tensors.items()}

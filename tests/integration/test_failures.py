@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -271,6 +272,29 @@ async def test_a_stopped_actor_ends_in_a_timeout_that_names_it(make_sides: MakeS
     assert report.connected
     assert sides.differing(0) == {}
     assert group.versions() == {0: 4}
+    await group.aclose()
+
+
+async def test_a_task_that_takes_too_long_ends_the_sync_before_its_deadline(make_sides: MakeSides) -> None:
+    sides = make_sides("tp=1", "tp=1")
+    (engine,) = sides.destinations
+    process = ray.get(engine.process_id.remote())  # type: ignore[attr-defined]
+
+    def stop(receipt: object) -> None:
+        os.kill(process, signal.SIGSTOP)
+
+    sides.fill(0)
+    group = ParameterSyncGroup(*sides.groups(), dataclasses.replace(MANY_TASKS, task_allowance=2.0))
+    try:
+        with anyio.fail_after(30), pytest.raises(SyncTimeout, match="took longer than it is allowed") as caught:
+            await group.sync(3, deadline=60, progress=stop)
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+    assert 1 in caught.value.actors
+    assert caught.value.task is not None
+    assert caught.value.phase == "transfer"
+    assert group.versions() == {0: Torn(None, 3)}
     await group.aclose()
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,12 +48,10 @@ def write_checkpoint(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
-def test_a_checkpoint_reaches_every_replica_and_stdout_holds_the_result_alone(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
-    meshes = ["--src", "tp=3", "--dst", "tp=2", "--replicas", "2"]
-    command = [sys.executable, "-m", "wavecast.runtime", "sync", "--checkpoint", str(tmp_path), *meshes]
+def synced(*argv: str) -> dict[str, Any]:
+    """Run the command and return the object that it printed, and printed alone."""
     done = subprocess.run(
-        [*command, "--repeat", "2", "--json"],
+        [sys.executable, "-m", "wavecast.runtime", "sync", *argv, "--json"],
         capture_output=True,
         text=True,
         timeout=200,
@@ -60,7 +59,23 @@ def test_a_checkpoint_reaches_every_replica_and_stdout_holds_the_result_alone(tm
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_mixture_of_experts_cut_to_two_layers_arrives_bit_for_bit() -> None:
+    """Latent attention and a dense layer, then experts shared out over four trainers: 4 of them to 3 ranks."""
+    meshes = ["--src", "tp=2,dp=2,ep=4", "--dst", "tp=3,etp=3", "--replicas", "1"]
+    result = synced("--preset", "tiny-deepseek-v3", "--layers", "2", *meshes, "--repeat", "1")
+    assert result["verified"] is True
+    assert result["actors"] == 7
+    assert result["versions"] == [0]
+
+
+def test_a_checkpoint_reaches_every_replica_and_stdout_holds_the_result_alone(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    meshes = ["--src", "tp=3", "--dst", "tp=2", "--replicas", "2"]
+    result = synced("--checkpoint", str(tmp_path), *meshes, "--repeat", "2")
     assert result.keys() >= SYNC_KEYS | set(PLAN_KEYS)
     assert result["seconds"].keys() >= {"describe", "reshard", "schedule", "connect", "transfer", "verify"}
     assert result["verified"] is True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import ray
 
@@ -21,6 +23,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
         pytest.param("tp=1", "tp=6", 1, id="fewer-kv-heads-than-tp"),
         pytest.param("tp=4", "tp=3,pp=2", 1, id="tp4-to-tp3-pp2"),
         pytest.param("pp=3", "pp=2", 2, id="pp3-to-pp2-x2"),
+        pytest.param("pp=4", "tp=2", 2, id="four-stages-to-tp2-x2-again-and-again"),
     ],
 )
 async def test_every_element_arrives_in_every_layout(make_sides: MakeSides, src: str, dst: str, replicas: int) -> None:
@@ -38,8 +41,41 @@ async def test_every_element_arrives_in_every_layout(make_sides: MakeSides, src:
             assert group.versions() == dict.fromkeys(range(replicas), step)
 
 
-async def test_experts_arrive_from_expert_parallel_trainers(make_sides: MakeSides) -> None:
-    sides = make_sides("tp=2,dp=2,ep=4", "tp=2", model="tiny-qwen3-moe", layers=2)
+@pytest.mark.parametrize("ports", ["half", "full"])
+@pytest.mark.parametrize("method", ["chain", "tree"])
+async def test_replicas_pass_on_what_they_got(
+    make_sides: MakeSides, method: Literal["chain", "tree"], ports: Literal["half", "full"]
+) -> None:
+    """Three replicas, many chunks: engines are senders too, and every element still arrives bit for bit."""
+    sides = make_sides("tp=2", "tp=1", replicas=3)
+    options = SyncOptions(fan_out=method, ports=ports, chunk_bytes=1 << 18, budget_bytes=1 << 18)
+    async with ParameterSyncGroup(*sides.groups(), options) as group:
+        for step in range(2):
+            sides.fill(step)
+            report = await group.sync(step, validate=step == 0)
+            assert sides.differing(step) == {}
+            assert report.planned is (step == 0)
+
+        assert group.versions() == {0: 1, 1: 1, 2: 1}
+        # A hop has two members who answer, a broadcast would have four.
+        answers = [receipt.value for wave in report.run.waves for receipt in wave.receipts]
+        assert {len(answer) for answer in answers if isinstance(answer, list)} == {2}
+        assert len(answers) == report.tasks
+        assert report.tasks % 3 == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "src", "dst"),
+    [
+        ("tiny-qwen3-moe", "tp=2,dp=2,ep=4", "tp=2"),
+        ("tiny-mixtral", "tp=2,dp=2,ep=2,etp=2", "tp=3,etp=3"),
+        ("tiny-deepseek-v3", "tp=2,dp=2,ep=4", "dp=3,ep=3"),
+    ],
+)
+async def test_experts_arrive_from_expert_parallel_trainers(
+    make_sides: MakeSides, model: str, src: str, dst: str
+) -> None:
+    sides = make_sides(src, dst, model=model, layers=2)
     async with ParameterSyncGroup(*sides.groups()) as group:
         sides.fill(0)
         await group.sync()

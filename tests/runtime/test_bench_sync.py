@@ -177,37 +177,34 @@ def test_a_ceiling_counts_the_busiest_port(bench):
     assert bench.ceilings.Ceiling("broadcast", fan, 10, "cuda").port_bytes == 10
 
 
-def measured(bench, monkeypatch, rows, error=None):
-    """Return a book whose processes answer ``rows``, and the list of what they were asked."""
-    asked: list[object] = []
+def measured(bench, monkeypatch, answers):
+    """Return a book whose processes give these answers by pattern, and the list of what they were asked."""
+    asked: list[tuple[str, ...]] = []
 
     def answer(entry, ceilings, *, world, device, seconds):
-        asked.append((tuple(ceilings), world))
-        return bench.processes.Outcome(tuple(rows), error)
+        asked.append((*ceilings, f"{world} {device}"))
+        lost = {"error": "rank 1: no peer access"}
+        return {name: {"seconds": answers[name]} if name in answers else lost for name in ceilings}
 
-    monkeypatch.setattr(bench.ceilings, "run_processes", answer)
+    monkeypatch.setattr(bench.ceilings, "run_in_turn", answer)
     return bench.ceilings.CeilingBook(device="cuda", seconds=1.0), asked
 
 
 def test_a_pattern_is_measured_once_and_the_best_way_is_its_ceiling(bench, monkeypatch):
-    rows = [
-        {"index": 0, "seconds": [0.02, 0.03, 0.04]},
-        {"index": 1, "seconds": [0.02]},
-        {"index": 2, "seconds": [0.1]},
-    ]
-    book, asked = measured(bench, monkeypatch, rows)
+    answers = {"sendrecv 0>2 1>3": [0.02, 0.03, 0.04], "ipc 0>2 1>3": [0.02], "copy within a GPU": [0.1]}
+    book, asked = measured(bench, monkeypatch, answers)
     first = book.measure(edges=((0, 2), (1, 3)), port_bytes=10**10, broadcast=False, local=True)
     assert [row["pattern"] for row in first] == ["sendrecv 0>2 1>3", "ipc 0>2 1>3", "copy within a GPU"]
     assert bench.ceilings.best_rate(first) == (8 << 30) / 0.02 / 1e9
     assert bench.ceilings.local_rate(first) == (4 << 30) / 0.1 / 1e9
     assert first[0]["seconds"] == {"p50": 0.03, "min": 0.02, "max": 0.04}
     assert book.measure(edges=((0, 2), (1, 3)), port_bytes=61 * 10**9, broadcast=False, local=False) == first[:2]
-    assert [world for _, world in asked] == [4]
+    assert asked == [("sendrecv 0>2 1>3", "ipc 0>2 1>3", "copy within a GPU", "4 cuda")]
     assert book.rows == first
 
 
 def test_a_ceiling_that_failed_says_why_and_costs_the_others_nothing(bench, monkeypatch):
-    book, _ = measured(bench, monkeypatch, [{"index": 0, "seconds": [0.5]}], "rank 1: no peer access")
+    book, _ = measured(bench, monkeypatch, {"sendrecv 0>1": [0.5]})
     rows = book.measure(edges=((0, 1),), port_bytes=10**9, broadcast=False, local=False)
     assert rows[1]["error"] == "rank 1: no peer access"
     assert bench.ceilings.best_rate(rows) == (10**9) / 0.5 / 1e9
@@ -226,6 +223,17 @@ def test_rows_are_kept_and_a_member_that_fails_is_named(bench):
     assert fine == bench.processes.Outcome(({"a": 1}, {"a": 1}), None)
     failed = bench.processes.run_processes(operator.attrgetter("lost"), world=1, device="cpu", seconds=50)
     assert failed.error.startswith("rank 0: AttributeError: 'Member' object has no attribute 'lost'")
+
+
+def test_an_item_that_fails_costs_those_behind_it_nothing(bench):
+    edges = ((0, 1),)
+    items = {
+        "odd": bench.ceilings.Ceiling("unheard of", edges, 64, "cpu"),
+        "fine": bench.ceilings.Ceiling("sendrecv", edges, 64, "cpu"),
+    }
+    found = bench.processes.run_in_turn(bench.ceilings._measure, items, world=2, device="cpu", seconds=50)
+    assert found["odd"]["error"].partition("\n")[0].endswith("KeyError: 'unheard of'")
+    assert len(found["fine"]["seconds"]) == 10
 
 
 def test_members_that_take_too_long_are_ended(bench):
@@ -328,7 +336,7 @@ def test_a_case_that_fails_is_a_row_like_the_others(bench, monkeypatch, raised, 
         raise raised
 
     monkeypatch.setattr(bench.sync_measure, "_syncs", fail)
-    book, _ = measured(bench, monkeypatch, [{"index": 0, "seconds": [0.5]}])
+    book, _ = measured(bench, monkeypatch, {"sendrecv 0>1": [0.5]})
     run = functools.partial(bench.sync_measure.run_case, repeat=1, seconds=7.0)
     row = anyio.run(run, case(bench, "cpu-across-7b"), book)
     assert (row["name"], row["status"]) == ("cpu-across-7b", "failed")
@@ -406,6 +414,13 @@ def test_bars_are_of_cases_with_figures_and_baselines_with_shares(bench):
     ((row, shares),) = bench.sync_chart.bars_of([results(bench)])
     assert row["name"] == "across-7b"
     assert shares == {"wavecast": pytest.approx(0.8016, abs=1e-4), "seed": 0.67}
+
+
+def test_the_bar_in_the_chart_allows_what_the_bar_of_the_case_allows(bench):
+    assert bench.sync_chart.bar_of(row_of(bench, "across-7b", [1.0, 0.05])) == pytest.approx(0.92)
+    # 20.0 ms at the ceiling, 25.1 at the bar's share, and 7.6 for the bytes that stay.
+    assert bench.sync_chart.bar_of(row_of(bench, "colocated-7b", [1.0, 0.05])) == pytest.approx(0.6134, abs=1e-4)
+    assert bench.sync_chart.bar_of({"allowed_seconds": None, "port_bytes": 1}) is None
 
 
 def test_the_chart_is_drawn_the_same_twice(bench, tmp_path):

@@ -78,7 +78,9 @@ REFUSALS = [
     (["plan", "--replicas", "two"], "'two' is not a valid integer"),
     (["plan", "--layers", "0"], "layers=0 is not between 1 and the model's 8"),
     (["plan", "--dtype", "float17"], "unknown dtype 'float17'"),
-    (["plan", "--chunk-bytes", "1"], "chunk_bytes is 1"),
+    (["plan", "--chunk-bytes", "1"], "chunk_bytes is 1; an element may need 16"),
+    (["plan", "--chunk-bytes", "-5"], "chunk_bytes is -5; an element may need 16"),
+    (["plan", "--chunk-bytes", "100"], "chunk_bytes is 100: it cuts 36983552 bytes into 369844 tasks, more than 65536"),
     (["plan", "--checkpoint", "/nowhere"], "checkpoint directory '/nowhere' does not exist"),
     (["plan", "--checkpoint", "/nowhere", "--preset", "tiny-qwen2"], "--preset and --layers do not go with it"),
     (["plan", "--checkpoint", "/nowhere", "--layers", "2"], "--preset and --layers do not go with it"),
@@ -183,6 +185,18 @@ def test_the_same_plan_has_the_same_digest_and_another_another(capsys: pytest.Ca
     ]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 5
+
+
+def test_a_relay_has_a_task_for_each_receiver_and_a_digest_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    broadcast, auto, chain, tree = (
+        plan(capsys, "--layers", "2", "--dst", "tp=1", "--replicas", "3", "--fan-out", method)
+        for method in ("broadcast", "auto", "chain", "tree")
+    )
+    assert auto["digest"] == broadcast["digest"]
+    assert len({str(found["digest"]) for found in (broadcast, chain, tree)}) == 3
+    assert isinstance(broadcast["tasks"], int)
+    assert chain["tasks"] == tree["tasks"] == 3 * broadcast["tasks"]
+    assert chain["nbytes"] == broadcast["nbytes"]
 
 
 def test_explain_adds_the_waves(capsys: pytest.CaptureFixture[str]) -> None:

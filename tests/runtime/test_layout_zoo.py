@@ -18,6 +18,9 @@ HANDFUL = (
     "pp 2 x tp 2 to tp 4, 3 replicas",
     "ep 2 x etp 2 to etp 3",
     "query groups cut: Megatron tp 4 to vLLM tp 2",
+    "virtual stages: Megatron pp 2 x 2 to vLLM tp 2",
+    "latent attention, ep 4 x etp 2 to vLLM tp 4, experts shared out",
+    "Mixtral, ep 8 to vLLM tp 4",
     "FSDP2 x tp to vLLM: 2-D tiles",
     "FSDP1 on 3 ranks to tp 4",
     "colocated, tp 2 to 3",
@@ -51,7 +54,7 @@ def lines_of(text):
 def test_rows_of_the_page_are_what_the_command_finds(zoo):
     rows = [zoo.run(case) for case in cases(zoo, HANDFUL)]
     assert set(lines_of(zoo.table(rows))) <= set(lines_of(PAGE.read_text(encoding="utf-8")))
-    assert [row.result for row in rows[:-2]] == ["pass"] * 10
+    assert [row.result for row in rows[:-2]] == ["pass"] * 13
     assert all(row.elements > 100_000 for row in rows[:-2])
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from tests.runtime.local_actors import LocalActor, Stage, holder, local
+from tests.runtime.local_actors import Holder, LocalActor, Stage, holder, local
 from wavecast.runtime import (
     ActorDied,
     ChecksumMismatch,
@@ -122,6 +124,51 @@ async def test_a_late_joiner_is_served_by_a_peer_while_the_trainers_are_busy(sta
         assert await group.refresh() == {0: 3, 1: 3, 2: 3}
         assert (await group.sync()).version == 4
         assert stage.values(0) == stage.values(1) == stage.values(2) == {9.0}
+
+
+async def test_a_peer_with_hooks_is_not_asked_for_them() -> None:
+    class Hooked(Holder):
+        """Notes its hooks."""
+
+        def before_commit(self, version: int) -> None:
+            self.calls.append("before_commit")
+
+        def after_commit(self, version: int) -> None:
+            self.calls.append("after_commit")
+
+    stage = Stage(replicas=1, kind=Hooked)
+    async with group_of(stage) as group:
+        await group.sync(3)
+        before = list(holder(stage.replicas[0][0]).calls)
+        stage.replicas.append(stage.replica())
+        await group.add_replica(stage.replicas[1], catch_up="peer")
+        assert holder(stage.replicas[0][0]).calls == [*before, "transfer_shards"]
+        assert holder(stage.replicas[1][0]).calls == ["transfer_shards", "before_commit", "after_commit"]
+
+
+async def test_names_of_their_own_are_kept_through_shadow_and_peers() -> None:
+    def renamed(first: int, rows: int, of: int, value: float) -> Holder:
+        worker = Holder(first, rows, of, value)
+        if value == 0.0:
+            plain = worker.transfer_shards
+            worker.transfer_shards = lambda: [  # type: ignore[method-assign]
+                replace(shard, name=f"engine.{shard.name}") for shard in plain()
+            ]
+
+        return worker
+
+    stage = Stage(replicas=1, kind=renamed)
+    names = {"engine.matrix": "matrix", "engine.scale": "scale"}
+    group = ParameterSyncGroup(
+        ModelGroup("policy", [stage.trainers]),
+        ModelGroup("rollout", stage.replicas, names=names),
+        SyncOptions(transport="gloo", staging="shadow"),
+    )
+    async with group:
+        await group.sync(3)
+        stage.replicas.append(stage.replica())
+        await group.add_replica(stage.replicas[1], catch_up="peer")
+        assert stage.values(0) == stage.values(1) == {1.0}
 
 
 async def test_a_late_joiner_may_be_served_by_the_trainers_alone() -> None:
@@ -289,7 +336,7 @@ async def test_a_checksum_that_differs_is_tried_again_as_often_as_asked(
             left[0] -= 1
             raise ChecksumMismatch("one bit is another", task=2, actors=(0, 2))
 
-    monkeypatch.setattr("wavecast.runtime.sync_run._compare_checksums", compare)
+    monkeypatch.setattr("wavecast.runtime.sync_run.compare_checksums", compare)
     async with group_of(stage, retries=retries) as group:
         if spoilt > retries:
             with pytest.raises(ChecksumMismatch) as caught:

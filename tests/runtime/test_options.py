@@ -21,6 +21,8 @@ IMPOSSIBLE: list[tuple[str, object, str]] = [
     ("chunk_bytes", 20.5, "an integer"),
     ("strategy", "fastest", "auto or one of"),
     ("ports", "both", "half or full"),
+    ("fan_out", "flood", "auto, broadcast, chain or tree"),
+    ("link", 1e9, "a LinkCost"),
     ("lookahead", -1, "None, 0 or more"),
     ("lookahead", 0.5, "an integer"),
     ("in_flight", 0, "at least 1"),
@@ -29,9 +31,17 @@ IMPOSSIBLE: list[tuple[str, object, str]] = [
     ("deadline_seconds", -1.0, "positive"),
     ("deadline_seconds", math.nan, "positive"),
     ("deadline_seconds", math.inf, "at most 30000000"),
+    ("task_allowance", 0.5, "None, or 1 to"),
+    ("task_allowance", math.nan, "None, or 1 to"),
     ("frequency", -1, "0 or more"),
     ("frequency", None, "an integer"),
     ("allow_missing", "lm_head.weight", "a collection of names"),
+    ("aliases", "lm_head.weight", "a collection of sets of two or more names"),
+    ("aliases", ["ab"], "a collection of sets of two or more names"),
+    ("aliases", [("a",)], "two or more names"),
+    ("aliases", [("a", "a")], "two or more names"),
+    ("aliases", [("a", 1)], "two or more names"),
+    ("aliases", [("a", "b"), ("b", "c")], "each name in one of them"),
 ]
 
 
@@ -55,7 +65,9 @@ def test_the_least_of_everything_is_possible() -> None:
         deadline_seconds=0.001,
         frequency=0,
         allow_missing=["b", "a", "b"],
+        aliases=[{"d", "c"}, ["b", "a"]],
     )
+    assert options.aliases == (("a", "b"), ("c", "d"))
     assert options.allow_missing == {"a", "b"}
     assert options.bucket_bytes == 32_768
 

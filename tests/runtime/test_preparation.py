@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from wavecast.runtime.errors import ConfigError, LayoutError, TransportUnavailable
+from wavecast.runtime.carriers import Carriers
+from wavecast.runtime.errors import ConfigError, LayoutError
 from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.shard import Layout, Piece, Place
+from wavecast.runtime.layout.shard import Layout, Piece
 from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.preparation import Preparation, choose_transport, prepare, select_names
+from wavecast.runtime.preparation import Preparation, prepare, select_names
 
 
 def rows(tensor: str, size: int, parts: int, part: int) -> Piece:
@@ -29,8 +30,9 @@ def made(
     *,
     names: frozenset[str] | None = None,
     options: SyncOptions | None = None,
+    carriers: Carriers = Carriers("gloo"),
 ) -> Preparation:
-    return prepare(sources, destinations, options or SyncOptions(chunk_bytes=512), names)
+    return prepare(sources, destinations, options or SyncOptions(chunk_bytes=512), names, carriers)
 
 
 def test_three_sources_to_two_destinations() -> None:
@@ -159,33 +161,3 @@ def test_everything_is_trainable_where_nobody_says_otherwise_and_all_frozen_pick
     frozen = [Layout(layout.pieces, frozen=("a", "b")) for layout in sources]
     with pytest.raises(LayoutError, match="picks no tensor"):
         select_names(frozen, destinations, "trainable")
-
-
-CPU = Place("n0", "cpu")
-GPUS = [Place("n0", "GPU-0"), Place("n0", "GPU-1"), Place("n1", "GPU-0")]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "places", "chosen"),
-    [
-        ("auto", GPUS, "nccl"),
-        ("auto", [*GPUS, CPU], "gloo"),
-        ("auto", [CPU, CPU], "gloo"),
-        ("auto", [*GPUS, GPUS[1]], "gloo"),
-        ("gloo", GPUS, "gloo"),
-        ("nccl", GPUS, "nccl"),
-    ],
-)
-def test_nccl_is_taken_where_every_actor_has_a_gpu_of_its_own(wanted: str, places: list[Place], chosen: str) -> None:
-    assert choose_transport(wanted, places) == chosen
-
-
-def test_nccl_is_refused_where_it_cannot_be() -> None:
-    with pytest.raises(TransportUnavailable, match="host memory") as caught:
-        choose_transport("nccl", [GPUS[0], CPU, GPUS[1], CPU])
-
-    assert caught.value.actors == (1, 3)
-    with pytest.raises(TransportUnavailable, match="these share one") as caught:
-        choose_transport("nccl", [GPUS[0], GPUS[1], GPUS[2], GPUS[1]])
-
-    assert caught.value.actors == (1, 3)

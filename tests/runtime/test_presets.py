@@ -52,8 +52,10 @@ def test_totals_of_latent_attention_add_up_by_hand(name, heads, experts, dense, 
 def test_the_small_presets_are_small_and_cut_many_ways():
     assert 2 * num_parameters(preset("tiny-qwen2")) == 36_983_552
     assert 2 * num_parameters(preset("tiny-qwen3-moe")) == 30_465_280
+    assert 2 * num_parameters(preset("tiny-mixtral")) == 19_943_936
+    assert 2 * num_parameters(preset("tiny-deepseek-v3")) == 18_708_320
     assert preset("tiny-qwen2").tie_word_embeddings
-    for name in ("tiny-qwen2", "tiny-qwen3-moe"):
+    for name in ("tiny-qwen2", "tiny-qwen3-moe", "tiny-mixtral", "tiny-deepseek-v3"):
         for tp in (1, 2, 3, 4, 6, 12):
             assert len(hf.layouts(preset(name), MeshSpec(tp=tp, pp=2))) == 2 * tp
 

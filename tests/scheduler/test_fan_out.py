@@ -40,6 +40,19 @@ def test_a_tree_brings_k_chunks_to_r_receivers_in_k_plus_log_rounds(receivers: i
         assert lowest <= rounds <= chunks + math.ceil(math.log2(receivers + 1))
 
 
+def test_no_relay_of_up_to_64_chunks_to_up_to_128_receivers_takes_more_rounds() -> None:
+    """Every number of receivers with some numbers of chunks, and every number of chunks with some of receivers."""
+    pairs = {(receivers, chunks) for receivers in range(1, 129) for chunks in (1, 2, 3, 4, 7, 16)}
+    pairs |= {(receivers, chunks) for receivers in (1, 2, 3, 5, 11, 21, 31, 33, 63, 65) for chunks in range(1, 65)}
+    more = [
+        tree_hops(receivers, chunks)[-1].round + 1 - (chunks - 1 + receivers.bit_length())
+        for receivers, chunks in sorted(pairs)
+    ]
+
+    assert len(more) == len(pairs) == 1348
+    assert set(more) <= {0, 1}
+
+
 @given(receivers=st.integers(1, 20), chunks=st.integers(1, 20))
 def test_a_chain_brings_k_chunks_to_r_receivers_in_k_plus_r_rounds(receivers: int, chunks: int) -> None:
     assert check_hops(chain_hops(receivers, chunks), receivers, chunks) == chunks + receivers - 1

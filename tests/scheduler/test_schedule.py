@@ -138,7 +138,6 @@ def test_a_schedule_travels_by_pickle() -> None:
         ([pair(4, 0, 1), pair(4, 2, 3)], "task id 4 is used twice: by the tasks at 0 and 1", (4,)),
         ([Task(4, (), (1,), 1)], r"task 4 has no sender \(its receivers: \(1,\)\)", (4,)),
         ([Task(4, (1,), (), 1)], r"task 4 has no receiver \(its senders: \(1,\)\)", (4,)),
-        ([pair(4, 0, 1, -3)], "task 4 has -3 bytes: it must have 0 or more", (4,)),
         ([pair(4, 0, 1, after=(9,))], "task 4 comes after task 9, which does not exist", (4, 9)),
         ([pair(4, 0, 1, after=(4,))], "in a circle: 4 after 4", (4,)),
         (
@@ -153,6 +152,22 @@ def test_impossible_tasks_are_named(tasks: list[Task], message: str, concerned: 
         plan_waves(tasks)
 
     assert caught.value.tasks == concerned
+
+
+def test_a_task_cannot_have_negative_bytes_or_one_actor_for_a_tuple() -> None:
+    with pytest.raises(ScheduleError, match="task 4 has -3 bytes: it must have 0 or more") as caught:
+        Task(4, (0,), (1,), -3)
+
+    assert caught.value.tasks == (4,)
+    with pytest.raises(ScheduleError, match="task 4 has receivers 1: give a tuple of integers"):
+        Task(4, (0,), 1, 3)  # type: ignore[arg-type]
+
+
+def test_lists_of_actors_are_taken_as_tuples() -> None:
+    task = Task(4, [0], [1, 2], 3, after=range(2))  # type: ignore[arg-type]
+
+    assert task == Task(4, (0,), (1, 2), 3, after=(0, 1))
+    assert hash(task) == hash(Task(4, (0,), (1, 2), 3, after=(0, 1)))
 
 
 def test_unknown_names_are_told_with_the_known_ones() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -33,13 +34,17 @@ class LayerReader:
     :param config: the checkpoint's configuration
     :param known: its logical tensors
     :param layer: the module
+    :param buffers: add the bias on the router's scores too, which is no parameter
     """
 
-    def __init__(self, parameters: Parameters, config: ModelConfig, known: Catalogue, layer: torch.nn.Module) -> None:
+    def __init__(
+        self, parameters: Parameters, config: ModelConfig, known: Catalogue, layer: torch.nn.Module, *, buffers: bool
+    ) -> None:
         self._parameters = parameters
         self._config = config
         self._known = known
         self._layer = layer
+        self._buffers = buffers
         self._number = int(cast("int", layer.layer_number)) - 1
         self._names = LayerNames(config.family, self._number)
         self._one_less = bool(setting(layer, "layernorm_zero_centered_gamma"))
@@ -130,8 +135,12 @@ class LayerReader:
 
         self._parameters.add_whole(self._parameters.need(router, "weight"), f"{names.router}.weight")
         bias = self._parameters.claim(router, "expert_bias")
-        if bias is not None:
-            self._parameters.add_whole(bias, names.score_bias)
+        if bias is not None and self._buffers:
+            # Megatron updates it by the experts' loads, without a gradient.
+            trainable = setting(router, "moe_router_bias_update_rate") != 0
+            self._parameters.add_whole(replace(bias, trainable=trainable), names.score_bias)
+        elif bias is not None:
+            self._parameters.leave_out(names.score_bias)
 
         held = [int(index) for index in cast("Sequence[int]", moe.local_expert_indices)]
         self._routed(experts, [names.expert(index) for index in held], known)

@@ -24,6 +24,7 @@ def shards(
     config: ModelConfig | None = None,
     *,
     vocab_size: int | None = None,
+    buffers: bool = True,
 ) -> list[Shard]:
     """
     Return what this rank holds of a Megatron-core ``GPTModel``, as views of its parameters: nothing is copied.
@@ -42,11 +43,13 @@ def shards(
         amounts to (see :func:`model_config`)
     :param vocab_size: rows of the embedding in the checkpoint: needed where ``config`` is not given and the
         vocabulary is padded
+    :param buffers: give the bias on the router's scores too (``e_score_correction_bias``), the one buffer that
+        checkpoints have. It is trainable unless its update rate is 0: training changes it, without a gradient
     :raises LayoutError: for a parameter that the checkpoint has no tensor for, a tensor of a layer held that the
         model lacks, a shape that is neither the tensor's nor its part, or memory that does not hold plain elements
         (FP8, offloaded)
     """
-    return [shard for part in _read(model, config, vocab_size) for shard in part.shards]
+    return [shard for part in _read(model, config, vocab_size, buffers=buffers) for shard in part.shards]
 
 
 def trainable_names(
@@ -58,9 +61,11 @@ def trainable_names(
     """
     Return the logical names of what is trained of this rank's part: for ``group.sync(only=...)``.
 
+    Parameters that have ``requires_grad``, and biases on the router's scores that are updated.
+
     :raises LayoutError: as :func:`shards`, whose parameters these are
     """
-    return frozenset(name for part in _read(model, config, vocab_size) for name in part.trainable)
+    return frozenset(name for part in _read(model, config, vocab_size, buffers=True) for name in part.trainable)
 
 
 def model_config(model: torch.nn.Module | Sequence[torch.nn.Module], *, vocab_size: int | None = None) -> ModelConfig:
@@ -79,7 +84,11 @@ def model_config(model: torch.nn.Module | Sequence[torch.nn.Module], *, vocab_si
 
 
 def _read(
-    model: torch.nn.Module | Sequence[torch.nn.Module], config: ModelConfig | None, vocab_size: int | None
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    config: ModelConfig | None,
+    vocab_size: int | None,
+    *,
+    buffers: bool,
 ) -> list[Parameters]:
     chunks = _chunks(model)
     if config is None:
@@ -87,7 +96,7 @@ def _read(
     elif vocab_size not in (None, config.vocab_size):
         raise LayoutError(f"vocab_size is {vocab_size}, the configuration has {config.vocab_size}")
 
-    return [_read_chunk(chunk, config) for chunk in chunks]
+    return [_read_chunk(chunk, config, buffers=buffers) for chunk in chunks]
 
 
 def _chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -109,7 +118,7 @@ def _chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn
     return found
 
 
-def _read_chunk(chunk: torch.nn.Module, config: ModelConfig) -> Parameters:
+def _read_chunk(chunk: torch.nn.Module, config: ModelConfig, *, buffers: bool) -> Parameters:
     tied = bool(chunk.share_embeddings_and_output_weights)
     if tied != config.tie_word_embeddings:
         raise LayoutError(
@@ -124,7 +133,7 @@ def _read_chunk(chunk: torch.nn.Module, config: ModelConfig) -> Parameters:
         _add_vocabulary(parameters, part(embedding, "word_embeddings"), "model.embed_tokens", config.vocab_size)
 
     for layer in children(decoder, "layers"):
-        LayerReader(parameters, config, known, layer).read()
+        LayerReader(parameters, config, known, layer, buffers=buffers).read()
 
     norm = find(decoder, "final_layernorm")
     weight = parameters.claim(norm, "weight") if norm is not None else None

@@ -178,6 +178,10 @@ class Parameters:
         self.shards.append(Shard(name, view, (0,) * len(shape), shape, trainable=held.trainable))
         self._note(name, held)
 
+    def leave_out(self, name: str) -> None:
+        """Note that the model has the tensor ``name`` and that it is not wanted."""
+        self._names.add(name)
+
     def check_held(self, wanted: Collection[str]) -> None:
         """
         Check that nothing of ``wanted`` is missing.

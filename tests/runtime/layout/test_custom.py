@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.runtime.layout.moving import move
-from wavecast.runtime import Shard
+from wavecast.runtime import Shard, describe
 from wavecast.runtime.errors import LayoutError
+from wavecast.runtime.naming import name_layouts
 
 PAGE = Path(__file__).parents[3] / "docs" / "custom.md"
 VOCABULARY, HIDDEN, INNER = 7, 4, 6
@@ -92,6 +93,23 @@ def test_a_missing_part_is_found_without_moving_anything(page):
     held = page["shards"](Model(wholes_of(1), 0, 2), 0, 2, VOCABULARY)
     with pytest.raises(LayoutError, match=r"no source holds 'model\.embed_tokens\.weight' at offset \(4, 0\)"):
         page["check"]([held], [[Shard("model.embed_tokens.weight", torch.zeros(7, 4), (0, 0), (7, 4))]])
+
+
+def test_the_pages_groups_have_names_and_its_options_aliases(page):
+    policy, rollout = page["groups"](["trainer"], [["engine 0"], ["engine 1"]])
+    naming = name_layouts(
+        [held("wte", "rope.freqs")],
+        [held("engine.lm_head.weight", "model.embed_tokens.weight")],
+        source_names=policy.names,
+        destination_names=rollout.names,
+        aliases=page["TIED"].aliases,
+    )
+    assert [piece.tensor for piece in naming.sources[0].pieces] == ["model.embed_tokens.weight"]
+    assert [piece.tensor for piece in naming.destinations[0].pieces] == ["model.embed_tokens.weight"] * 2
+
+
+def held(*names):
+    return describe([Shard(name, torch.zeros(1), (0,), (1,)) for name in names])
 
 
 def test_the_other_functions_of_the_page_give_shards(page):

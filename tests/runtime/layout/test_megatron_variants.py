@@ -20,6 +20,7 @@ from wavecast.runtime.layout import lora
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.megatron import model_config, shards, trainable_names
 from wavecast.runtime.layout.megatron.modules import tensor_ranks
+from wavecast.runtime.layout.megatron.names import catalogue
 
 
 def filled(mapping, parallel=None):
@@ -191,6 +192,28 @@ def test_names_are_trainable_where_any_of_their_parameters_is():
     }
     held = {shard.name for shard in shards(model, config)}
     assert held - set(describe(shards(model, config)).frozen) == trainable_names(model, config)
+
+
+def test_the_bias_on_the_routers_scores_is_sent_unless_buffers_are_left_out():
+    model, _ = filled(DEEPSEEK)
+    config = ModelConfig.from_dict(DEEPSEEK)
+    everything = {shard.name for shard in shards(model, config)}
+    biases = {name for name in everything if name.endswith("e_score_correction_bias")}
+    assert biases == {name for name in catalogue(config).shapes if name.endswith("e_score_correction_bias")} != set()
+    assert {shard.name for shard in shards(model, config, buffers=False)} == everything - biases
+
+
+def test_the_bias_on_the_routers_scores_is_trained_without_a_gradient_unless_its_rate_is_zero():
+    model, _ = filled(DEEPSEEK)
+    model.requires_grad_(False)
+    config = ModelConfig.from_dict(DEEPSEEK)
+    biases = {name for name in catalogue(config).shapes if name.endswith("e_score_correction_bias")}
+    assert trainable_names(model, config) == biases
+    assert {shard.name for shard in shards(model, config) if shard.trainable} == biases
+    for layer in model.decoder.layers[-1:]:
+        layer.mlp.config.moe_router_bias_update_rate = 0.0
+
+    assert trainable_names(model, config) == frozenset()
 
 
 def refuse(model, mapping, text, **options):

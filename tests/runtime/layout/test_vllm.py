@@ -135,6 +135,17 @@ def test_one_engine_can_feed_another_of_a_different_shape(source, destination):
         assert hashes(own) == {name: digest for name, (_, _, digest) in dump.items()}
 
 
+@pytest.mark.parametrize("name", GOLDEN)
+def test_shards_are_views_of_the_engines_parameters(name):
+    case = GOLDEN[name]
+    config, fmt = ModelConfig.from_dict(case["config"]), format_of(case)
+    for dump, rank in zip(case["ranks"], ranks_of(case), strict=True):
+        live = buffers_like(dump)
+        storages = {buffer.untyped_storage().data_ptr() for buffer in live.values()}
+        for shard in shards_of(live, config, rank, fmt=fmt):
+            assert shard.view.untyped_storage().data_ptr() in storages, shard.name
+
+
 def test_a_sync_leaves_the_padding_of_the_vocabulary_alone():
     case = GOLDEN["qwen2 tp4, two kv heads, tied, a rank without vocabulary"]
     config = ModelConfig.from_dict(case["config"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.shard import Layout, Piece
+from wavecast.runtime.layout.shard import Layout, Piece, Place
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
 from wavecast.runtime.plan.tasks import build_tasks, task_routes
 
@@ -160,6 +161,54 @@ def test_tensors_that_every_rank_holds_whole_reach_every_rank(kit) -> None:
     routers = [route for route in plan.routes if route.dtype == "float32"]
     assert len(routers) == LAYERS
     assert {route.receivers for route in routers} == {tuple(range(4, 12))}
+
+
+def test_colocated_copies_on_every_device_feed_two_replicas(kit) -> None:
+    # Four copies of tp 1, two destinations on the devices of the first and the last: each is fed by its neighbour.
+    places = [Place("node", f"GPU-{index}") for index in range(4)]
+    sources = [replace(layout, place=place) for layout, place in zip(model(1, dp=4), places, strict=True)]
+    destinations = [
+        replace(layout, place=place) for layout, place in zip(model(1, replicas=2), places[::3], strict=True)
+    ]
+    plan = check(kit, sources, destinations)
+    assert {actor for route in plan.routes for actor in route.receivers} == {4, 5}
+
+
+def test_no_expert_parallel_source_stands_idle(kit) -> None:
+    plan = check(kit, model(2, pp=2, dp=2, ep=2, etp=2), model(2, replicas=4))
+    sent = plan.sent_nbytes()
+    assert min(sent) > 0
+    assert max(sent) <= 1.25 * sum(sent) / len(sent)
+
+
+def test_more_replicas_than_copies_are_served_once_each(kit) -> None:
+    plan = check(kit, model(2, dp=2), model(2, replicas=5))
+    assert len(set(plan.received_nbytes())) == 1
+    assert all(len(route.receivers) % 5 == 0 for route in plan.routes)
+
+
+# What earlier systems map rank by rank, as (tp, pp, dp, ep) to (tp, pp, replicas): one column of the other's tables.
+MAPPED = [
+    ((2, 1, 2, 1), (2, 1, 2)),
+    ((1, 2, 2, 1), (1, 1, 3)),
+    ((4, 2, 1, 1), (8, 1, 1)),
+    ((2, 4, 1, 1), (8, 1, 1)),
+    ((4, 1, 2, 1), (8, 1, 1)),
+    ((2, 1, 4, 1), (8, 1, 1)),
+    ((2, 4, 1, 1), (4, 2, 1)),
+    ((1, 2, 4, 1), (4, 1, 2)),
+    ((1, 1, 8, 1), (2, 1, 4)),
+    ((2, 1, 2, 2), (4, 1, 2)),
+    ((1, 1, 8, 4), (4, 1, 2)),
+    ((2, 2, 2, 2), (4, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("src", "dst"), MAPPED)
+def test_pairs_that_have_a_rank_mapping_need_none(kit, src: tuple[int, ...], dst: tuple[int, ...]) -> None:
+    tp, pp, dp, ep = src
+    plan = check(kit, model(tp, pp=pp, dp=dp, ep=ep), model(dst[0], pp=dst[1], replicas=dst[2], etp=dst[0]))
+    assert min(plan.received_nbytes()) > 0
 
 
 @pytest.mark.parametrize(

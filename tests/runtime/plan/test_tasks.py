@@ -11,8 +11,15 @@ from wavecast.runtime.plan.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, choos
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import plan_reshard
 from wavecast.runtime.plan.route import Route
-from wavecast.runtime.plan.tasks import build_tasks, group_routes, relabel, task_routes
-from wavecast.scheduler.task import Task
+from wavecast.runtime.plan.tasks import (
+    MAX_TASKS,
+    build_tasks,
+    group_routes,
+    relabel,
+    spread_tasks,
+    task_routes,
+)
+from wavecast.scheduler import LinkCost, Task
 
 MIB = 1 << 20
 
@@ -91,6 +98,15 @@ def test_a_chunk_smaller_than_an_element_is_refused() -> None:
         cut_run([route(4)], chunk_bytes=15)
 
 
+def test_chunks_so_small_that_tasks_have_no_end_are_refused_before_any_is_made(kit) -> None:
+    plan = plan_reshard(kit.split("w", (MAX_TASKS + 1, 4), 1), kit.split("w", (MAX_TASKS + 1, 4), 1))
+    assert plan.nbytes == 16 * (MAX_TASKS + 1)
+    with pytest.raises(ConfigError, match="chunk_bytes is 16: it cuts 1048592 bytes into 65537 tasks, more than 65536"):
+        build_tasks(plan, chunk_bytes=16)
+
+    assert len(build_tasks(plan, chunk_bytes=32)) == MAX_TASKS // 2 + 1
+
+
 @pytest.mark.parametrize(
     ("port_nbytes", "chunk_bytes"),
     [(0, MIN_CHUNK_BYTES), (100 * MIB, MIN_CHUNK_BYTES), (1200 * MIB, 150 * MIB), (1 << 40, MAX_CHUNK_BYTES)],
@@ -145,6 +161,37 @@ def test_a_task_of_a_relay_is_relabelled(kit) -> None:
     (moved,) = task_routes(relabel(hop))
     assert moved == replace(plan.routes[0], sender=1, receivers=(2, 3))
     assert replace(relabel(hop), payload=None) == replace(hop, payload=None)
+
+
+@pytest.mark.parametrize("method", ["chain", "tree"])
+def test_hops_carry_the_routes_of_what_they_pass_on(kit, method) -> None:
+    """Four chunks to three receivers: twelve hops, each of them after the one that brought its bytes."""
+    plan = plan_reshard(kit.split("w", (64,), 1), kit.split("w", (64,), 1, copies=3))
+    tasks = build_tasks(plan, chunk_bytes=64)
+    hops = spread_tasks(tasks, method=method)
+    assert len(tasks) == 4
+    assert len(hops) == 12
+    by_id = {hop.id: hop for hop in hops}
+    for hop in hops:
+        (route,) = task_routes(hop)
+        assert ((route.sender,), route.receivers) == (hop.senders, hop.receivers)
+        if hop.senders == (0,):
+            assert hop.after == ()
+        else:
+            (before,) = (by_id[id] for id in hop.after)
+            assert before.receivers == hop.senders
+            assert task_routes(before)[0].box == route.box
+
+    assert sorted((hop.receivers[0], task_routes(hop)[0].offset[0]) for hop in hops) == [
+        (receiver, 16 * chunk) for receiver in (1, 2, 3) for chunk in range(4)
+    ]
+
+
+def test_a_broadcast_stays_unless_its_receivers_cost_a_copy_each(kit) -> None:
+    plan = plan_reshard(kit.split("w", (64,), 1), kit.split("w", (64,), 1, copies=3))
+    tasks = build_tasks(plan, chunk_bytes=64)
+    assert spread_tasks(tasks) == tasks
+    assert spread_tasks(tasks, cost=LinkCost(branching=1.0, alpha_seconds=0.0)) == spread_tasks(tasks, method="tree")
 
 
 def test_a_task_of_something_else_has_no_routes() -> None:

@@ -207,7 +207,7 @@ async def test_a_corrupted_destination_shows_in_its_sum_alone(monkeypatch: pytes
             memories.append(memory)
             as_bits(memory.targets(bucket.items[0].cut)[0]).view(-1)[3] ^= 1
 
-    monkeypatch.setattr("wavecast.runtime.transfer.staging.unpack", spoil)
+    monkeypatch.setattr("wavecast.runtime.transfer.copying.unpack", spoil)
     await crew.begin()
     await crew.connect()
     await crew.move()
@@ -340,7 +340,7 @@ async def test_a_run_given_up_in_the_middle_of_a_bucket_stops_between_two_cuts(m
 
         unpack(bucket, memory, buffer, check=check_and_halt)
 
-    monkeypatch.setattr("wavecast.runtime.transfer.staging.unpack", halting)
+    monkeypatch.setattr("wavecast.runtime.transfer.copying.unpack", halting)
     await crew.begin()
     await crew.connect()
     moving = asyncio.ensure_future(asyncio.gather(crew.ask(0, crew.step(0, 0)), crew.ask(1, crew.step(1, 0))))

@@ -54,6 +54,17 @@ def test_a_source_reads_the_first_shard_that_has_all_of_a_cut() -> None:
     assert memory.source(Cut("w", (0,), (3,), "float32")).tolist() == [2, 2, 2]
 
 
+def test_what_was_received_is_passed_on_from_where_it_was_written() -> None:
+    """Not from another dtype's shard, nor from one that is only worked out, though they come first."""
+    cut = Cut("w", (0,), (2,), "float32")
+    held = [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2), torch.zeros(3)]
+    shards = [Shard("w", computed(torch.zeros(2)), (0,), (9,)), *(Shard("w", view, (0,), (9,)) for view in held)]
+    memory = Memory(shards)
+    assert memory.source(cut).data_ptr() not in {view.data_ptr() for view in held}
+    assert [view.data_ptr() for view in memory.targets(cut)] == [held[1].data_ptr(), held[2].data_ptr()]
+    assert memory.source(cut).data_ptr() == held[2].data_ptr()
+
+
 def test_a_destination_is_written_wherever_it_holds_all_of_a_cut() -> None:
     memory = Memory([Shard("w", torch.zeros(size), (start,), (9,)) for start, size in ((0, 2), (1, 6), (0, 9))])
     assert [tuple(view.shape) for view in memory.targets(Cut("w", (1,), (1,), "float32"))] == [(1,), (1,), (1,)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
-from wavecast.runtime.transfer.checksum import fold
+from wavecast.runtime.transfer.checksum import combine, fold
 from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, Fence, MoveTimeout
+from wavecast.runtime.transfer.copying import Copier, TensorCopier
 from wavecast.runtime.transfer.memory import Memory
 from wavecast.runtime.transfer.program import Bucket, Cut, fill_buckets
 from wavecast.runtime.transfer.staging import Leg, Staging
@@ -33,6 +34,7 @@ class Script:
         self.sent: list[list[int]] = []
         self.coming = coming or []
         self.failure: CommunicatorError | None = None
+        self.finished = -1
         self._moves = 0
 
     def start(
@@ -44,7 +46,8 @@ class Script:
         return ScriptedMove(self, number, buffer, sends=sender == self.rank)
 
     def fence(self) -> Fence:
-        return ScriptedFence(self.log)
+        self.log.append(f"fence {self.finished}")
+        return ScriptedFence(self.log, self.finished)
 
     def abort(self) -> None:
         pass
@@ -62,6 +65,7 @@ class ScriptedMove:
 
     def finish(self, deadline: Deadline) -> None:
         self._script.log.append(f"finish {self._number}")
+        self._script.finished = self._number
         if self._script.failure is not None:
             raise self._script.failure
 
@@ -74,11 +78,19 @@ class ScriptedMove:
 
 
 class ScriptedFence:
-    def __init__(self, log: list[str]) -> None:
+    """Bears the number of the move that was finished last before it was put."""
+
+    def __init__(self, log: list[str], number: int) -> None:
         self._log = log
+        self._number = number
 
     def wait(self, deadline: Deadline) -> None:
-        self._log.append("wait")
+        self._log.append(f"wait {self._number}")
+
+
+def wait(fences: Sequence[Fence]) -> None:
+    for fence in fences:
+        fence.wait(Deadline(5))
 
 
 class Source:
@@ -87,9 +99,10 @@ class Source:
     def __init__(self, log: list[str], names: str) -> None:
         self.values = {name: number for number, name in enumerate(names)}
         self._log = log
-        self.memory = Memory(
+        memory = Memory(
             [Shard(name, Computed((8,), torch.int32, CPU, self._reader(name)), (0,), (8,)) for name in names]
         )
+        self.copier = TensorCopier(memory, checksum=True)
 
     def _reader(self, name: str) -> Callable[[Box], torch.Tensor]:
         def read(box: Box) -> torch.Tensor:
@@ -105,22 +118,22 @@ def buckets_of(names: str) -> tuple[Bucket, ...]:
 
 
 def leg(
-    memory: Memory,
+    copier: Copier,
     buckets: tuple[Bucket, ...],
     *,
+    step: int = 0,
     sender: int = 0,
     ahead: Bucket | None = None,
-    sums: list[torch.Tensor] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Leg:
     return Leg(
+        step=step,
         sender=sender,
         receivers=(1,) if sender == 0 else (0,),
         buckets=buckets,
         ahead=ahead,
         forwards=False,
-        memory=memory,
-        sums=sums,
+        copier=copier,
         deadline=Deadline(5),
         check=check,
     )
@@ -131,14 +144,18 @@ def test_the_next_bucket_is_packed_while_one_travels() -> None:
     script, source = Script(log), Source(log, "abcd")
     staging = Staging(32, script)
     staging.begin(None)
-    staging.send(leg(source.memory, buckets_of("abcd")))
+    fences = staging.send(leg(source.copier, buckets_of("abcd")))
     assert log == [
         "pack a", "start 0",
         "pack b", "start 1",
-        "finish 0", "pack c", "start 2",
-        "finish 1", "pack d", "start 3",
-        "finish 2", "finish 3", "wait", "wait",
+        "finish 0", "fence 0", "pack c", "start 2",
+        "finish 1", "fence 1", "pack d", "start 3",
+        "finish 2", "fence 2", "finish 3", "fence 3",
     ]  # fmt: skip
+    # It waits for nothing; whoever wants to know whether all has left does.
+    del log[:]
+    wait(fences)
+    assert log == ["wait 2", "wait 3"]
     assert script.sent == [[0] * 8, [1] * 8, [2] * 8, [3] * 8]
 
 
@@ -148,11 +165,12 @@ def test_the_first_bucket_of_the_next_step_is_packed_while_the_last_of_this_one_
     staging = Staging(32, script)
     first, second = buckets_of("abc"), buckets_of("de")
     staging.begin(None)
-    staging.send(leg(source.memory, first, ahead=second[0]))
-    assert log[-5:] == ["start 2", "finish 1", "pack d", "finish 2", "wait"]
+    wait(staging.send(leg(source.copier, first, ahead=second[0])))
+    assert log[-7:] == ["start 2", "finish 1", "fence 1", "pack d", "finish 2", "fence 2", "wait 2"]
     del log[:]
-    staging.send(leg(source.memory, second))
+    wait(staging.send(leg(source.copier, second, step=1)))
     assert log[:3] == ["start 3", "pack e", "start 4"]
+    assert log[-2:] == ["wait 3", "wait 4"]
     assert script.sent == [[number] * 8 for number in range(5)]
 
 
@@ -163,11 +181,11 @@ def test_what_was_packed_ahead_is_forgotten_when_a_run_begins() -> None:
     staging = Staging(32, script)
     first, second = buckets_of("a"), buckets_of("b")
     staging.begin(None)
-    staging.send(leg(source.memory, first, ahead=second[0]))
+    staging.send(leg(source.copier, first, ahead=second[0]))
     source.values = {"a": 10, "b": 11}
     staging.begin(None)
-    staging.send(leg(source.memory, first, ahead=second[0]))
-    staging.send(leg(source.memory, second))
+    staging.send(leg(source.copier, first, ahead=second[0]))
+    staging.send(leg(source.copier, second, step=1))
     assert script.sent == [[0] * 8, [10] * 8, [11] * 8]
 
 
@@ -177,55 +195,72 @@ def test_an_empty_step_still_packs_ahead() -> None:
     staging = Staging(32, script)
     (bucket,) = buckets_of("a")
     staging.begin(None)
-    staging.send(leg(source.memory, (), ahead=bucket))
-    staging.send(leg(source.memory, (bucket,)))
-    assert log == ["pack a", "start 0", "finish 0", "wait"]
+    assert staging.send(leg(source.copier, (), ahead=bucket)) == []
+    wait(staging.send(leg(source.copier, (bucket,), step=1)))
+    assert log == ["pack a", "start 0", "finish 0", "fence 0", "wait 0"]
 
 
-def targets(names: str) -> tuple[list[torch.Tensor], Memory]:
+def test_a_bucket_that_was_packed_ahead_counts_for_the_step_that_sends_it_and_not_before() -> None:
+    log: list[str] = []
+    source = Source(log, "ab")
+    staging = Staging(32, Script(log))
+    first, second = buckets_of("a"), buckets_of("b")
+    staging.begin(None)
+    staging.send(leg(source.copier, first, ahead=second[0]))
+    assert source.copier.sums(2) == [sum_of(0), 0]
+    staging.send(leg(source.copier, second, step=1))
+    assert source.copier.sums(2) == [sum_of(0), sum_of(1)]
+
+
+def sum_of(*values: int) -> int:
+    """The sum of a step of buckets that are filled with one number each."""
+    return combine([int(fold(torch.full((8,), value, dtype=torch.int32).view(torch.uint8))) for value in values])
+
+
+def targets(names: str) -> tuple[list[torch.Tensor], TensorCopier]:
     views = [torch.zeros(8, dtype=torch.int32) for _ in names]
-    return views, Memory([Shard(name, view, (0,), (8,)) for name, view in zip(names, views, strict=True)])
+    memory = Memory([Shard(name, view, (0,), (8,)) for name, view in zip(names, views, strict=True)])
+    return views, TensorCopier(memory, checksum=True)
 
 
 def test_a_bucket_is_unpacked_while_the_next_one_travels() -> None:
     log: list[str] = []
-    views, memory = targets("abc")
+    views, copier = targets("abc")
     script = Script(log, coming=[7, 8, 9])
-    sums: list[torch.Tensor] = []
     staging = Staging(32, script)
     staging.begin(None)
-    staging.receive(leg(memory, buckets_of("abc"), sender=1, sums=sums, check=lambda: log.append("write")))
+    fences = staging.receive(leg(copier, buckets_of("abc"), sender=1, check=lambda: log.append("write")))
+    # A fence stands between arrival and unpacking: the sender is not kept waiting for the latter.
     assert log == [
         "start 0",
         "start 1",
-        "finish 0", "write", "start 2",
-        "finish 1", "write",
-        "finish 2", "write",
-        "wait", "wait",
+        "finish 0", "fence 0", "write", "start 2",
+        "finish 1", "fence 1", "write",
+        "finish 2", "fence 2", "write",
     ]  # fmt: skip
+    del log[:]
+    wait(fences)
+    assert log == ["wait 1", "wait 2"]
     assert [view.tolist() for view in views] == [[7] * 8, [8] * 8, [9] * 8]
     # The order of the sums is that of the buckets, though two are settled at the end.
-    assert [int(value) for value in sums] == [
-        int(fold(torch.full((8,), value, dtype=torch.int32).view(torch.uint8))) for value in (7, 8, 9)
-    ]
+    assert copier.sums(1) == [sum_of(7, 8, 9)] != [sum_of(8, 7, 9)]
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc", "abcd"])
 def test_both_ends_sum_up_alike_whatever_turn_a_step_starts_with(names: str) -> None:
     log: list[str] = []
     source = Source(log, names)
-    _, memory = targets(names)
+    views, copier = targets(names)
     sender, receiver = Staging(32, Script(log)), Staging(32, Script(log, coming=[*range(len(names))] * 2))
     for staging in (sender, receiver):
         staging.begin(None)
 
-    for _ in range(2):
-        sent: list[torch.Tensor] = []
-        found: list[torch.Tensor] = []
-        sender.send(leg(source.memory, buckets_of(names), sums=sent))
-        receiver.receive(leg(memory, buckets_of(names), sender=1, sums=found))
-        assert [int(value) for value in sent] == [int(value) for value in found]
-        assert len(sent) == len(names)
+    for step in range(2):
+        wait(sender.send(leg(source.copier, buckets_of(names), step=step)))
+        wait(receiver.receive(leg(copier, buckets_of(names), step=step, sender=1)))
+
+    assert source.copier.sums(2) == copier.sums(2) == [sum_of(*range(len(names)))] * 2
+    assert [int(view[0]) for view in views] == [*range(len(names))]
 
 
 class GivenUp(Exception):
@@ -237,12 +272,12 @@ def give_up() -> None:
 
 
 def test_nothing_is_written_once_the_run_was_given_up() -> None:
-    views, memory = targets("ab")
+    views, copier = targets("ab")
     script = Script([], coming=[7, 8])
     staging = Staging(32, script)
     staging.begin(None)
     with pytest.raises(GivenUp):
-        staging.receive(leg(memory, buckets_of("ab"), sender=1, check=give_up))
+        staging.receive(leg(copier, buckets_of("ab"), sender=1, check=give_up))
 
     assert not any(view.any() for view in views)
 
@@ -252,36 +287,36 @@ def test_nothing_is_read_or_sent_once_the_run_was_given_up() -> None:
     staging, source = Staging(32, Script(log)), Source(log, "a")
     staging.begin(None)
     with pytest.raises(GivenUp):
-        staging.send(leg(source.memory, buckets_of("a"), check=give_up))
+        staging.send(leg(source.copier, buckets_of("a"), check=give_up))
 
     assert log == []
 
 
 def test_a_move_that_fails_is_not_unpacked() -> None:
-    views, memory = targets("a")
+    views, copier = targets("a")
     script = Script([], coming=[7])
     script.failure = MoveTimeout("too slow")
     staging = Staging(32, script)
     staging.begin(None)
     with pytest.raises(MoveTimeout, match="too slow"):
-        staging.receive(leg(memory, buckets_of("a"), sender=1))
+        staging.receive(leg(copier, buckets_of("a"), sender=1))
 
     assert not views[0].any()
 
 
 def test_a_run_after_a_failed_one_starts_afresh() -> None:
     log: list[str] = []
-    views, memory = targets("ab")
+    views, copier = targets("ab")
     script = Script(log, coming=[7, 8])
     script.failure = MoveTimeout("too slow")
     staging = Staging(32, script)
     staging.begin(None)
     with pytest.raises(MoveTimeout):
-        staging.receive(leg(memory, buckets_of("ab"), sender=1))
+        staging.receive(leg(copier, buckets_of("ab"), sender=1))
 
     script.failure = None
     staging.begin(None)
-    staging.receive(leg(memory, buckets_of("ab"), sender=1))
+    staging.receive(leg(copier, buckets_of("ab"), sender=1))
     assert [view.tolist() for view in views] == [[7] * 8, [8] * 8]
 
 
@@ -294,16 +329,20 @@ def test_nothing_is_summed_up_where_no_sums_are_wanted(monkeypatch: pytest.Monke
     def never(data: torch.Tensor) -> torch.Tensor:
         raise AssertionError("summed up")
 
-    monkeypatch.setattr("wavecast.runtime.transfer.staging.fold", never)
-    log: list[str] = []
-    staging, source = Staging(32, Script(log)), Source(log, "a")
-    staging.begin(None)
-    staging.send(leg(source.memory, buckets_of("a")))
-    _, memory = targets("a")
-    Staging(32, Script(log, coming=[1])).receive(leg(memory, buckets_of("a"), sender=1))
+    monkeypatch.setattr("wavecast.runtime.transfer.copying.fold", never)
+    source, target = torch.arange(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    sending, receiving = (
+        TensorCopier(Memory([Shard("a", view, (0,), (8,))]), checksum=False) for view in (source, target)
+    )
+    script = Script([], coming=[1])
+    Staging(32, script).send(leg(sending, buckets_of("a")))
+    Staging(32, script).receive(leg(receiving, buckets_of("a"), sender=1))
+    assert script.sent == [[*range(8)]]
+    assert target.tolist() == [1] * 8
+    assert sending.sums(2) == receiving.sums(2) == [0, 0]
 
 
 def test_the_end_of_a_run_waits_for_both_slots() -> None:
     log: list[str] = []
     Staging(32, Script(log)).finish(Deadline(1))
-    assert log == ["wait", "wait"]
+    assert log == ["fence -1", "wait -1"] * 2

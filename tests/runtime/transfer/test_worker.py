@@ -12,7 +12,20 @@ import torch
 
 from tests.runtime.transfer.crew import SECONDS, ThreadHost
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.transfer.messages import Began, Begin, Close, Describe, Described, Done, Failure, Reply, RunId
+from wavecast.runtime.transfer.messages import (
+    Began,
+    Begin,
+    Close,
+    Compare,
+    Describe,
+    Described,
+    Done,
+    Failure,
+    Reply,
+    RunId,
+    decode,
+    encode,
+)
 from wavecast.runtime.transfer.worker import TransferWorker
 
 RUN = RunId("group", 1)
@@ -66,7 +79,14 @@ class Slotted(TransferWorker):
 
 
 def ask(worker: TransferWorker, request: Begin | Close | Describe) -> Reply:
-    return worker.wavecast_request(request, ThreadHost())
+    """Request and answer are bytes on the way, as over Ray."""
+    return cast("Reply", decode(worker.wavecast_request(encode((request, ThreadHost())))))
+
+
+async def ask_on_loop(worker: TransferWorker, request: Begin | Close | Describe) -> Reply:
+    return cast(
+        "Reply", decode(await cast("Awaitable[bytes]", worker.wavecast_request(encode((request, ThreadHost())))))
+    )
 
 
 def test_a_plain_class_answers_on_the_calling_thread() -> None:
@@ -82,7 +102,7 @@ async def test_a_class_with_a_coroutine_method_answers_on_its_event_loop(kind: t
     """Ray hosts such a class on a loop, which a blocking answer would hold up."""
     worker = kind()
     assert inspect.iscoroutinefunction(worker.wavecast_request)
-    reply = await cast("Awaitable[Reply]", ask(worker, Begin(RUN, 0)))
+    reply = await ask_on_loop(worker, Begin(RUN, 0))
     assert isinstance(reply, Began)
     # On the actor's own thread, where the user's other methods run.
     assert worker.hooks == [threading.get_ident()]
@@ -117,7 +137,7 @@ async def test_a_hook_that_is_a_coroutine_is_refused_in_plain_words() -> None:
         async def transfer_shards(self) -> list[Shard]:  # type: ignore[override]
             return []
 
-    failure = await cast("Awaitable[Reply]", ask(Waiting(), Begin(RUN, 0)))
+    failure = await ask_on_loop(Waiting(), Begin(RUN, 0))
     assert isinstance(failure, Failure)
     assert failure.message == "transfer_shards() must return a list of Shard values, got coroutine"
 
@@ -148,3 +168,21 @@ def test_each_worker_has_one_agent_whatever_threads_ask_first() -> None:
 
     other = Plain()
     assert other.__dict__.keys() == {"tensor", "hooks"}
+
+
+def test_attachments_are_answers_of_other_actors_as_they_came() -> None:
+    """Ray hands over what another actor returned: bytes."""
+    worker = Plain()
+    assert isinstance(ask(worker, Begin(RUN, 0)), Began)
+    failure = Failure("ActorFailed", "the sender's own trouble", tensor="w")
+    call = encode((Compare(RUN, 0), ThreadHost()))
+    assert decode(worker.wavecast_request(call, encode(failure))) == failure
+
+
+@pytest.mark.parametrize(
+    "value", [Done(("a", "b")), Failure("SyncError", "no", "trace", "w"), Begin(RUN, 3, scan=True)]
+)
+def test_a_message_comes_back_from_bytes_as_it_was(value: object) -> None:
+    data = encode(value)
+    assert isinstance(data, bytes)
+    assert decode(data) == value
