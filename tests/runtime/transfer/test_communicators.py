@@ -14,6 +14,7 @@ from tests.runtime.transfer import conformance
 from tests.runtime.transfer.process_members import start_members
 from wavecast.runtime.transfer.comm import Communicator, CommunicatorError, Deadline, MoveTimeout
 from wavecast.runtime.transfer.comm_fake import FakeFabric
+from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
 from wavecast.runtime.transfer.comm_torch import (
     GlooCommunicator,
     NcclCommunicator,
@@ -38,6 +39,14 @@ def connect_gloo(rank: int, size: int, port: int, groups: Groups, edges: Edges, 
 def connect_nccl(rank: int, size: int, port: int, groups: Groups, edges: Edges) -> Communicator:
     rendezvous = _rendezvous(rank, size, port, groups, edges, None)
     return NcclCommunicator(rendezvous, torch.device("cuda", rank))
+
+
+def connect_ipc(rank: int, size: int, port: int, groups: Groups, edges: Edges) -> Communicator:
+    rendezvous = _rendezvous(rank, size, port, groups, edges, None)
+    # Two members at most share a GPU: that is where nothing else can serve.
+    device = torch.device("cuda", rank // 2 % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return IpcCommunicator(rendezvous, device)
 
 
 def _rendezvous(rank: int, size: int, port: int, groups: Groups, edges: Edges, store: Store | None) -> Rendezvous:
@@ -90,6 +99,15 @@ def make_nccl(size: int, groups: Groups, edges: Edges) -> Sequence[Communicator]
     return start_members(recipe, size)
 
 
+def make_ipc(size: int, groups: Groups, edges: Edges) -> Sequence[Communicator]:
+    """Connect ``size`` members, each in a process of its own, the first two on one GPU."""
+    store, port = host_store("127.0.0.1", seconds=20)
+    _stores.append(store)
+    recipe = functools.partial(connect_ipc, size=size, port=port, groups=groups, edges=edges)
+    return start_members(recipe, size)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 needs_three_gpus = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
 
@@ -99,6 +117,7 @@ makers = pytest.mark.parametrize(
         pytest.param(make_fake, id="fake"),
         pytest.param(make_gloo, id="gloo"),
         pytest.param(make_nccl, id="nccl", marks=[pytest.mark.gpu, needs_gpus]),
+        pytest.param(make_ipc, id="ipc", marks=[pytest.mark.gpu, needs_gpu]),
     ],
 )
 makers_of_three = pytest.mark.parametrize(
@@ -107,6 +126,7 @@ makers_of_three = pytest.mark.parametrize(
         pytest.param(make_fake, id="fake"),
         pytest.param(make_gloo, id="gloo"),
         pytest.param(make_nccl, id="nccl", marks=[pytest.mark.gpu, needs_three_gpus]),
+        pytest.param(make_ipc, id="ipc", marks=[pytest.mark.gpu, needs_gpu]),
     ],
 )
 
