@@ -30,14 +30,17 @@ class PoolActor(DemoActor):
         self.extra: list[Shard] = []
 
     def hold(self, layout: Layout, new_weights: Weights) -> None:
-        # What an earlier test brought it to is not this one's version.
-        vars(self).pop("_wavecast_agent", None)
         DemoActor.__init__(self, layout, new_weights, "cpu")
         self.failure = ""
         self.frozen = ()
         self.hook_calls = 0
         self.extra = []
         self.spoil()
+
+    def start_over(self, layout: Layout, new_weights: Weights) -> None:
+        """Be a new actor to every group: what an earlier test brought this one to is nobody's version."""
+        vars(self).pop("_wavecast_agent", None)
+        self.hold(layout, new_weights)
 
     def held_layout(self) -> Layout:
         return Layout(tuple(piece for piece, _ in self._held))
