@@ -15,7 +15,7 @@ __all__ = ("cut_run", "choose_chunk_bytes", "MIN_CHUNK_BYTES", "MAX_CHUNK_BYTES"
 #: Below this a link is far from its speed: NCCL reaches 138 GB/s at 16 MiB, 349 at 1 GiB.
 MIN_CHUNK_BYTES = 16 << 20
 #: A task is one call of each of its actors: a failure is noticed, and a deadline kept, within its time.
-MAX_CHUNK_BYTES = 16 << 30
+MAX_CHUNK_BYTES = 256 << 30
 
 _FINEST = 32  # the search goes down to one part in so many of the busiest port's bytes
 _START_NBYTES = 64 << 20  # what a link could have moved while a call reaches an actor and its answer the driver
@@ -31,7 +31,7 @@ def choose_chunk_bytes(
     """
     Return the chunk size for runs of ``run_nbytes`` bytes each, when the busiest port moves ``port_nbytes``.
 
-    Between a thirty-second and all of the busiest port's bytes, and between ``min_chunk_bytes`` and 16 GiB. Within that
+    Between a thirty-second and all of the busiest port's bytes, and between ``min_chunk_bytes`` and 256 GiB. Within that
     the size that makes chunks of different runs most alike, since a wave lasts as long as its largest task: runs of
     600 and 900 MB are best cut in 300 MB. Each chunk is charged its start, so coarse wins where it is as good: where
     all runs are of one size none is cut. (Tasks need not be small for packing to overlap the wire: their buckets are.)

@@ -56,13 +56,11 @@ class IpcCommunicator:
         # Another process cannot wait for this stream: what fills the buffer must be over.
         self.fence().wait(deadline)
         try:
-            number, offset = self._exporter.locate(buffer.data_ptr())
+            self.tell(key, self._offer(buffer))
         except TransportUnavailable as error:
             self.tell(key, _REFUSED)
             raise CommunicatorError(str(error)) from error
 
-        place = b"".join(value.to_bytes(8, "little") for value in (offset, buffer.numel()))
-        self.tell(key, self._exporter.handles[number] + place)
         return _Offered(self, [f"{key}/{receiver}" for receiver in receivers])
 
     def fence(self) -> Fence:
@@ -78,6 +76,12 @@ class IpcCommunicator:
         opened, self._opened = self._opened, {}
         for handle in opened:
             close_memory(handle)
+
+    def _offer(self, buffer: torch.Tensor) -> bytes:
+        """Return the handle of the buffer's allocation, its offset there and its size."""
+        number, offset = self._exporter.locate(buffer.data_ptr()) if buffer.numel() else (-1, 0)
+        handle = self._exporter.handles[number] if buffer.numel() else b""
+        return handle + offset.to_bytes(8, "little") + buffer.numel().to_bytes(8, "little")
 
     def tell(self, key: str, value: bytes) -> None:
         """Leave a message."""

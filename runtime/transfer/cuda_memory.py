@@ -179,6 +179,8 @@ def _primary_context(index: int) -> ctypes.c_void_p:
 def _cuda() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
     library.cuIpcOpenMemHandle_v2.argtypes = (ctypes.c_void_p, _Handle, ctypes.c_uint)
+    # Harmless when torch has done it already; what fails here fails in the first call that matters.
+    library.cuInit(ctypes.c_uint(0))
     return library
 
 

@@ -65,7 +65,8 @@ class Memory:
             len(shards) == len(self.shards)
             and all(map(operator.is_, shards, self.shards))
             and self.addresses() == self._addresses
-            and [shard.view.shape for shard in self.shards] == self._shapes
+            # One at a time: many thousands kept at once would set off the garbage collector, for 100 ms and more.
+            and all(shard.view.shape == shape for shard, shape in zip(self.shards, self._shapes, strict=True))
         )
 
     def source(self, cut: Cut) -> torch.Tensor:
