@@ -29,7 +29,7 @@ from wavecast.runtime.layout.shard import Layout, Piece, Place, Shard, describe
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
 from wavecast.runtime.plan.route import Route
-from wavecast.runtime.report import PhaseSeconds, ReplicaVersion, SyncReport, Torn
+from wavecast.runtime.report import HookSeconds, PhaseSeconds, ReplicaVersion, SyncReport, Torn
 
 if TYPE_CHECKING:
     from wavecast.runtime.group import ParameterSyncGroup
@@ -43,6 +43,7 @@ __all__ = (
     "SyncOptions",
     "SyncReport",
     "PhaseSeconds",
+    "HookSeconds",
     "ReplicaVersion",
     "Torn",
     "Shard",

@@ -17,10 +17,11 @@ import ray.util
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, TaskCancelledError
 
 from wavecast.runtime import errors
-from wavecast.runtime.transfer.messages import Abort, Close, Failure, Request, RunId, decode, encode
+from wavecast.runtime.transfer.messages import Abort, Close, Failure, Request, RunId, Status, decode, encode
 
 __all__ = (
     "ActorHandle",
+    "Answer",
     "RayActors",
     "RayHost",
     "call_all",
@@ -46,6 +47,10 @@ class _RemoteMethod(Protocol):
 
 #: Any Ray actor handle. Ray's own type says nothing of an actor's methods: a group checks for what it needs.
 ActorHandle: TypeAlias = object
+
+
+#: What stands for an answer until it is awaited.
+Answer: TypeAlias = "ray.ObjectRef[bytes]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +145,45 @@ class RayActors:
         """Await several answers at once, in order; the first failure ends the wait."""
         return await _all([self.answer(ref, expected) for ref in refs])
 
+    async def ask_each(self, requests: Mapping[int, Request], expected: type[R]) -> dict[int, R | errors.SyncError]:
+        """Send a request each to several actors at once; return every answer, an actor's failure as a value."""
+        refs = {actor: self.start(actor, request) for actor, request in requests.items()}
+        replies: dict[int, R | errors.SyncError] = {}
+
+        async def keep(actor: int, ref: Answer) -> None:
+            try:
+                replies[actor] = await self.answer(ref, expected)
+            except errors.SyncError as error:
+                replies[actor] = error
+
+        async with anyio.create_task_group() as group:
+            for actor, ref in refs.items():
+                group.start_soon(keep, actor, ref)
+
+        return {actor: replies[actor] for actor in refs}
+
+    async def find_dead(self, seconds: float) -> tuple[int, ...]:
+        """Return the actors that are dead, as far as ``seconds`` can tell; one that does not answer is none."""
+        dead: set[int] = set()
+
+        async def look(actor: int, ref: Answer) -> None:
+            try:
+                await self.answer(ref, object)
+            except errors.SyncError as error:
+                if isinstance(error, errors.ActorDied):
+                    dead.add(actor)
+
+        refs = [self.start(actor, Status()) for actor in range(len(self.handles))]
+        with anyio.move_on_after(seconds):
+            async with anyio.create_task_group() as group:
+                for actor, ref in enumerate(refs):
+                    group.start_soon(look, actor, ref)
+
+        for ref in refs:
+            self._running.pop(ref, None)
+
+        return tuple(sorted(dead))
+
     def waiting_for(self) -> tuple[int, ...]:
         """The actors that owe an answer, each once, in order."""
         return tuple(sorted({call.actor for call in self._running.values()}))
@@ -167,13 +211,18 @@ class RayActors:
         Ray numbers an actor's calls, and one that is cancelled before it was delivered leaves a gap for which all later
         ones wait. So only the call that the actor is at is cancelled, and not before it must have arrived.
         """
-        for ref, sent in owed:
-            with anyio.move_on_after(max(sent + _DELIVERY_SECONDS - anyio.current_time(), _TURN_SECONDS)):
-                await _settled(ref)
-                continue
+        try:
+            for ref, sent in owed:
+                with anyio.move_on_after(max(sent + _DELIVERY_SECONDS - anyio.current_time(), _TURN_SECONDS)):
+                    await _settled(ref)
+                    continue
 
-            ray.cancel(ref, recursive=False)
-            await _settled(ref)
+                ray.cancel(ref, recursive=False)
+                await _settled(ref)
+        except anyio.get_cancelled_exc_class():
+            # Out of time: it ends its run as soon as it comes to it.
+            self._methods[actor].remote(encode((abort, _HOST)))
+            raise
 
         await _settled(self._methods[actor].remote(encode((abort, _HOST))))
 

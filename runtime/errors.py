@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = (
     "WavecastError",
     "ConfigError",
@@ -40,9 +42,12 @@ class SyncError(WavecastError):
 
     :ivar tensor: the logical tensor concerned, or ``""``
     :ivar actors: numbers of the actors concerned: sources first, then destinations
-    :ivar task: id of the task concerned, or ``None``
-    :ivar phase: ``"describe"``, ``"plan"``, ``"connect"``, ``"transfer"``, ``"verify"`` or ``"commit"``, or ``""``
+    :ivar task: id of the task concerned, or ``None``, and ``wave`` the wave it is in
+    :ivar tasks: ids of all tasks concerned, where there are several: those that a timeout found unfinished
+    :ivar phase: ``"queue"``, ``"describe"``, ``"plan"``, ``"connect"``, ``"transfer"``, ``"verify"`` or ``"commit"``,
+        or ``""``
     :ivar version: the version that was on its way, or ``None``
+    :ivar versions: what each replica had once the sync had ended: by index an integer, ``None`` or ``Torn``
     """
 
     def __init__(
@@ -59,12 +64,16 @@ class SyncError(WavecastError):
         self.tensor = tensor
         self.actors = actors
         self.task = task
+        self.tasks: tuple[int, ...] = () if task is None else (task,)
+        self.wave: int | None = None
         self.phase = phase
         self.version = version
+        self.versions: Mapping[int, object] = {}
 
     def __str__(self) -> str:
         where = [f"phase {self.phase}"] if self.phase else []
         where += [f"version {self.version}"] if self.version is not None else []
+        where += [f"wave {self.wave}"] if self.wave is not None else []
         where += [f"task {self.task}"] if self.task is not None else []
         where += [f"actors {', '.join(map(str, self.actors))}"] if self.actors else []
         return f"{self.args[0]} [{'; '.join(where)}]" if where else str(self.args[0])

@@ -9,12 +9,19 @@ from typing import Literal, get_args
 from wavecast.runtime.errors import ConfigError
 from wavecast.scheduler import STRATEGIES, FanOut, LinkCost
 
-__all__ = ("SyncOptions", "Transport")
+__all__ = ("SyncOptions", "Transport", "Staging")
 
 Transport = Literal["auto", "nccl", "ipc", "gloo"]
+Staging = Literal["in_place", "shadow"]
 
 _ALIGNMENT = 16
 _LEAST_BUDGET = 64 << 10
+_CHOICES = {
+    "staging": ("in_place", "shadow"),
+    "when_busy": ("raise", "queue", "coalesce"),
+    "on_lost_replica": ("raise", "drop"),
+    "on_lost_trainer": ("raise", "replan"),
+}
 #: About a year; what is much longer no transport can be told.
 _MOST_SECONDS = 3e7
 _LINK = LinkCost()
@@ -40,10 +47,20 @@ class SyncOptions:
         after each wave
     :ivar in_flight: tasks an actor may have been given at a time; it works them off in wave order
     :ivar deadline_seconds: when a sync is given none of its own
+    :ivar staging: ``"in_place"``: destinations' weights are written as bytes arrive, a failed sync may leave replicas
+        torn; ``"shadow"``: a second copy is written, and copied over them on the device at commit: replicas are whole
+        at any time, for as much memory again
     :ivar task_allowance: a task may take so many times what ``link`` says, for each of ``in_flight``, but a second at
         least; then the sync fails without waiting for its deadline. ``None``: a task may take as long as the sync
     :ivar release_communicators: give the communicators' memory back after each sync; the next one makes them anew
     :ivar checksum: sum up what is sent and what was written, and compare
+    :ivar when_busy: what becomes of a call while another is under way: ``"raise"``: it is refused; ``"queue"``: it
+        waits; ``"coalesce"``: it waits, and all that wait are served by one sync to the newest of their versions
+    :ivar retries: how often a sync is made again, within its deadline, after a checksum that differs
+    :ivar on_lost_replica: an actor of a replica died during a sync: ``"raise"``, or ``"drop"``: the replica leaves the
+        group and the sync goes to the others
+    :ivar on_lost_trainer: a trainer died during a sync: ``"raise"``, or ``"replan"``: the sync does without it where
+        others hold what it held
     :ivar frequency: :meth:`~wavecast.runtime.ParameterSyncGroup.sync_if_due` syncs every so many steps; 0: never
     :ivar allow_missing: destination tensors that may stay as they are when no source has them
     :ivar aliases: sets of logical names that are one tensor where weights are tied, such as
@@ -61,9 +78,14 @@ class SyncOptions:
     lookahead: int | None = None
     in_flight: int = 2
     deadline_seconds: float = 300.0
+    staging: Staging = "in_place"
     task_allowance: float | None = None
     release_communicators: bool = False
     checksum: bool = True
+    when_busy: Literal["raise", "queue", "coalesce"] = "raise"
+    retries: int = 0
+    on_lost_replica: Literal["raise", "drop"] = "raise"
+    on_lost_trainer: Literal["raise", "replan"] = "raise"
     frequency: int = 1
     allow_missing: Collection[str] = ()
     aliases: Collection[Collection[str]] = ()
@@ -73,7 +95,7 @@ class SyncOptions:
         _require(not isinstance(self.allow_missing, str), "allow_missing", self.allow_missing, "a collection of names")
         object.__setattr__(self, "allow_missing", frozenset(self.allow_missing))
         object.__setattr__(self, "aliases", _alias_sets(self.aliases))
-        for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "frequency"):
+        for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "retries", "frequency"):
             value = getattr(self, name)
             optional = name in ("chunk_bytes", "lookahead")
             _require(isinstance(value, int) or (optional and value is None), name, value, "an integer")
@@ -100,6 +122,10 @@ class SyncOptions:
             self.deadline_seconds,
             f"positive and at most {_MOST_SECONDS:.0f}",
         )
+        for name, choices in _CHOICES.items():
+            _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
+
+        _require(self.retries >= 0, "retries", self.retries, "0 or more")
         _require(
             self.task_allowance is None or 1 <= self.task_allowance <= _MOST_SECONDS,
             "task_allowance",

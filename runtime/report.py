@@ -7,7 +7,7 @@ from typing import Literal
 
 from wavecast.scheduler import RunReport
 
-__all__ = ("PhaseSeconds", "SyncReport", "Torn", "ReplicaVersion")
+__all__ = ("PhaseSeconds", "HookSeconds", "SyncReport", "Torn", "ReplicaVersion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,19 @@ class PhaseSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class HookSeconds:
+    """
+    What the user's own hooks took, on the slowest actor each; part of the phases describe and commit.
+
+    :ivar before_sync: 0 where no actor has the hook, as of the others
+    """
+
+    before_sync: float = 0.0
+    before_commit: float = 0.0
+    after_commit: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class SyncReport:
     """
     One sync.
@@ -78,6 +91,14 @@ class SyncReport:
     :ivar reshard_seconds: what finding the routes took when this plan was made, and ``schedule_seconds`` the rest of it
     :ivar run: receipts by wave
     :ivar digest: of plan and schedule
+    :ivar staging: ``"in_place"`` or ``"shadow"``
+    :ivar shadow_bytes: the most memory an actor holds for a second copy of its weights
+    :ivar pause_seconds: for how long weights must not be read: in shadow what the slowest actor took to copy the second
+        copy over the first; in place from the first byte's leave until all had committed. Hooks are not counted
+    :ivar hooks: seconds of the user's own
+    :ivar attempts: runs that the call took: one, and one more for each failure that the options forgive
+    :ivar dropped: replicas that were lost on the way and have left the group, by the index they had before the call
+    :ivar lost_trainers: how many of the source's actors are planned around
     """
 
     version: int
@@ -108,6 +129,13 @@ class SyncReport:
     schedule_seconds: float
     run: RunReport
     digest: str
+    staging: str = "in_place"
+    shadow_bytes: int = 0
+    pause_seconds: float = 0.0
+    hooks: HookSeconds = HookSeconds()
+    attempts: int = 1
+    dropped: tuple[int, ...] = ()
+    lost_trainers: int = 0
 
     @property
     def gigabytes_per_second(self) -> float:

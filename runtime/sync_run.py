@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,18 +13,18 @@ import anyio.to_thread
 from wavecast.runtime import errors
 from wavecast.runtime.carriers import Ability, Carriers, choose_carriers
 from wavecast.runtime.cluster import RayActors
+from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.connection import Connection
 from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.layout.views import NameMap
 from wavecast.runtime.naming import Naming, name_layouts
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Only, Preparation, prepare, select_names
-from wavecast.runtime.report import PhaseSeconds, SyncReport
+from wavecast.runtime.report import HookSeconds, PhaseSeconds, SyncReport
 from wavecast.runtime.stopwatch import Stopwatch
 from wavecast.runtime.transfer.messages import (
     Began,
     Begin,
-    Commit,
     Compare,
     Describe,
     Described,
@@ -34,8 +34,11 @@ from wavecast.runtime.transfer.messages import (
     Probe,
     RunId,
     RunStep,
+    Standing,
+    Status,
     StepDone,
 )
+from wavecast.runtime.versions import Versions
 from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, TaskTimeout, run
 
 __all__ = ("Progress", "SyncRequest", "Known", "SyncRun", "compare_checksums")
@@ -54,21 +57,34 @@ class SyncRequest:
     """
     What one call of ``sync()`` asked for.
 
+    :ivar version: ``None``: one more than the newest
     :ivar deadline: seconds for the whole call
+    :ivar waited: how many of them had passed before this run of it
+    :ivar from_peer: the sources are another replica's actors, whose hooks are left alone
     """
 
-    version: int
+    version: int | None
     deadline: float
     only: Only
     validate: bool
     dry_run: bool
     progress: Progress | None
+    waited: float = 0.0
+    from_peer: bool = False
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left of the deadline as the run begins."""
+        return max(self.deadline - self.waited, 0.001)
 
 
 class Known:
     """
     What earlier syncs of the same actors found out and need not find out again.
 
+    :ivar sources: how many of the actors, from the first on, are sources
+    :ivar replicas: the numbers of the actors of each replica
+    :ivar versions: of the replicas
     :param names: the name maps of both sides
     :ivar layouts: by digest
     :ivar naming: the last layouts under logical names, with what they were made of
@@ -76,9 +92,19 @@ class Known:
     :ivar refused: pairs of sender and receiver of which the receiver could not map the sender's memory
     """
 
-    def __init__(self, actors: RayActors, sources: int, *, names: tuple[NameMap | None, NameMap | None]) -> None:
+    def __init__(
+        self,
+        actors: RayActors,
+        sources: int,
+        replicas: tuple[range, ...],
+        versions: Versions,
+        *,
+        names: tuple[NameMap | None, NameMap | None],
+    ) -> None:
         self.actors = actors
         self.sources = sources
+        self.replicas = replicas
+        self.versions = versions
         self.names = names
         self.connection = Connection(actors)
         self.layouts: dict[str, Layout] = {}
@@ -103,13 +129,15 @@ class SyncRun:
     :param group: the group's unguessable name
     :ivar scope: ends the sync at its deadline; entered by the caller
     :ivar touched: destination actors that tasks have been dispatched to
+    :ivar version: the one on its way, once it is known
     """
 
     def __init__(self, request: SyncRequest, group: str, known: Known, options: SyncOptions) -> None:
         self.request = request
         self.watch = Stopwatch()
-        self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.deadline)
+        self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.seconds_left)
         self.touched: set[int] = set()
+        self.version: int | None = request.version
         # By the clock: also a driver that was started anew comes after the one before.
         self._name = RunId(group, time.time_ns())
         self._known = known
@@ -117,10 +145,12 @@ class SyncRun:
         self._actors = known.actors
         self._sources = known.sources
         self._connection = known.connection
-        self._ends = time.monotonic() + request.deadline
+        self._ends = time.monotonic() + request.seconds_left
         self._owing: tuple[int, ...] = ()
         self._aborted = False
         self._finished: dict[int, Finished] = {}
+        self._preparation: Preparation | None = None
+        self._commit: CommitPhase | None = None
 
     async def run(self) -> SyncReport:
         """
@@ -129,17 +159,23 @@ class SyncRun:
         :raises SyncError: the class that fits
         """
         watch, request = self.watch, self.request
-        early = self._expected()
+        start = time.perf_counter()
+        early = self._preparation = self._expected()
+        if early is not None:
+            self.version = self._known.versions.next(request.version)
+
         ahead = await self._run_ahead(early) if early is not None else None
         if early is not None and ahead is not None:
             preparation, planned, connected = early, False, False
             began, outcome = ahead
         else:
             with watch.measure("describe"):
-                began = await self._begin()
+                began = await self._open()
                 await self._learn_layouts(began)
 
             preparation, planned, connected = await self._make_ready(began)
+            self._preparation = preparation
+            start = time.perf_counter()
             outcome = RunReport(0.0, ())
             if not request.dry_run:
                 with watch.measure("transfer"):
@@ -157,9 +193,17 @@ class SyncRun:
             if self._options.release_communicators and self._connection.transport:
                 await self._connection.release(self._name)
 
-            await self._commit()
+            commit = self._commit = CommitPhase(self._actors, self._name, began, request.dry_run)
+            hooks = await commit.go_through(self._versions_to_commit())
 
-        return self._report(preparation, outcome, planned=planned, connected=connected, device=began[-1].place.device)
+        report = self._report(preparation, outcome, planned=planned, connected=connected, device=began[-1].place.device)
+        return replace(
+            report,
+            staging=self._options.staging,
+            shadow_bytes=max(reply.shadow_bytes for reply in began),
+            pause_seconds=self._pause_seconds(start, hooks),
+            hooks=hooks,
+        )
 
     def _expected(self) -> Preparation | None:
         """
@@ -223,14 +267,61 @@ class SyncRun:
         return None
 
     def _fits(self, began: list[Began], preparation: Preparation) -> bool:
-        """Tell whether the actors are as they were when ``preparation`` was made, and where they were."""
+        """Tell whether the actors are as they were when ``preparation`` was made, where they were, and not ahead."""
         known = self._known.prepared
         return (
             len(began) == len(self._actors)
+            and not self._overtaken()
             and known is not None
             and known[0] == self._key(began, None)
             and self._connection.knows(preparation, [reply.addresses for reply in began])
         )
+
+    def _overtaken(self) -> bool:
+        """Tell whether an actor has said meanwhile that a replica is at this version already, or behind it."""
+        newest, version = self._known.versions.newest, self.version
+        if newest is None or version is None:
+            return False
+
+        return version < newest or (self.request.version is None and version == newest)
+
+    def settle(self) -> None:
+        """
+        Note which replicas have which version now, however the run ended.
+
+        One that all of its actors have committed has the new version. One that was being written to is torn; in shadow
+        that is one of whose actors not all are known to have committed or not.
+        """
+        versions, version = self._known.versions, self.version
+        if version is None or self.request.dry_run:
+            return
+
+        commit = self._commit
+        committed = commit.committed.keys() if commit is not None else ()
+        flipping = commit is not None and commit.started
+        for index, replica in enumerate(self._known.replicas):
+            if all(actor in committed for actor in replica):
+                if self._makes_whole(index):
+                    versions.take_on(index, version)
+            elif not self.touched.isdisjoint(replica) and (self._options.staging == "in_place" or flipping):
+                versions.tear(index, version)
+
+    def locate(self, error: errors.SyncError) -> None:
+        """Say in ``error`` what the run knows and the actor did not: phase, version, wave and tensor."""
+        error.phase = error.phase or self.watch.phase
+        error.version = self.version
+        if error.task is None or self._preparation is None:
+            return
+
+        error.tasks = error.tasks or (error.task,)
+        for number, wave in enumerate(self._preparation.schedule.waves):
+            if any(task.id == error.task for task in wave.tasks):
+                error.wave = number
+
+        for program in self._preparation.programs:
+            for step in program.steps:
+                if step.task == error.task and not error.tensor:
+                    error.tensor = step.cuts[0].tensor
 
     async def abort(self, reason: str) -> None:
         """End what is left of the sync on all actors, once, within the grace time."""
@@ -246,12 +337,14 @@ class SyncRun:
     def timeout(self, unfinished: tuple[Task, ...] = ()) -> errors.SyncTimeout:
         """Return the error of a deadline that passed, naming who owed an answer."""
         tasks = f"; {len(unfinished)} tasks were unfinished" if unfinished else ""
-        return errors.SyncTimeout(
+        error = errors.SyncTimeout(
             f"the deadline of {self.request.deadline} seconds passed{tasks}",
             phase=self.watch.phase,
             actors=self._owing or tuple(dict.fromkeys(member for task in unfinished[:1] for member in task.members)),
             task=unfinished[0].id if unfinished else None,
         )
+        error.tasks = tuple(task.id for task in unfinished)
+        return error
 
     async def _make_ready(self, began: list[Began]) -> tuple[Preparation, bool, bool]:
         """Plan and connect; where a receiver cannot map a sender's memory, once more without."""
@@ -280,18 +373,66 @@ class SyncRun:
     def _seconds_left(self) -> float:
         return max(self._ends - time.monotonic(), 0.001)
 
+    def _pause_seconds(self, start: float, hooks: HookSeconds) -> float:
+        if self.request.dry_run:
+            return 0.0
+
+        if self._options.staging == "shadow":
+            return self._commit.flip_seconds if self._commit is not None else 0.0
+
+        return time.perf_counter() - start - hooks.before_commit - hooks.after_commit
+
+    async def _open(self) -> list[Began]:
+        """
+        Settle on a version, begin on all actors, and return what they say.
+
+        At the first contact their versions are asked for before: an earlier driver may have brought them anywhere. One
+        that did so since shows at the begin; where the version was left open, the run begins again behind it.
+
+        :raises ConfigError: when the version asked for is older than one that a replica has
+        """
+        versions = self._known.versions
+        if not versions.met:
+            await self.ask_versions()
+
+        self.version = versions.next(self.request.version)
+        began = await self._begin()
+        if self._overtaken():
+            self._name = RunId(self._name.group, time.time_ns())
+            self.version = versions.next(self.request.version)
+            began = await self._begin()
+
+        return began
+
+    async def ask_versions(self) -> None:
+        """Ask the replicas' actors for their versions, and note what they say. Outside of a run as well."""
+        every = [actor for replica in self._known.replicas for actor in replica]
+        self._observe(await self._actors.ask_all(dict.fromkeys(every, Status()), Standing))
+
+    def _observe(self, standings: Mapping[int, Standing]) -> None:
+        self._known.versions.observe([[standings[actor] for actor in replica] for replica in self._known.replicas])
+
     async def _begin(self) -> list[Began]:
         """Let all actors read their shards."""
+        in_shadow = self._options.staging == "shadow"
         requests = {
             actor: Begin(
                 self._name,
                 actor,
                 scan=self.request.validate and actor < self._sources,
+                version=None if self.request.from_peer and actor < self._sources else self.version,
+                shadow=in_shadow and actor >= self._sources,
             )
             for actor in range(len(self._actors))
         }
         replies = await self._actors.ask_all(requests, Began)
+        self._observe({actor: reply.standing for actor, reply in replies.items()})
         for actor, reply in replies.items():
+            if reply.torn and actor < self._sources:
+                raise errors.SyncError(
+                    "a source's weights are torn: a sync into it was begun and not finished", actors=(actor,)
+                )
+
             if reply.nan:
                 name, count = reply.nan[0]
                 raise errors.ValidationError(
@@ -428,9 +569,18 @@ class SyncRun:
                             task=task.id,
                         )
 
-    async def _commit(self) -> None:
-        request = Commit(self._name, None if self.request.dry_run else self.request.version)
-        await self._actors.ask_all(dict.fromkeys(range(len(self._actors)), request), Done)
+    def _versions_to_commit(self) -> dict[int, int | None]:
+        """Return what each actor takes on: sources keep what they have, and so do replicas that stay not whole."""
+        versions: dict[int, int | None] = dict.fromkeys(range(len(self._actors)))
+        for index, replica in enumerate(self._known.replicas):
+            if self._makes_whole(index) and not self.request.dry_run:
+                versions.update(dict.fromkeys(replica, self.version))
+
+        return versions
+
+    def _makes_whole(self, index: int) -> bool:
+        """Tell whether this sync leaves a replica whole: a part of the tensors makes no torn or new one so."""
+        return self.request.only is None or isinstance(self._known.versions[index], int)
 
     def _report(
         self,
@@ -444,7 +594,7 @@ class SyncRun:
         plan, schedule = preparation.plan, preparation.schedule
         seconds = self.watch.seconds
         return SyncReport(
-            version=self.request.version,
+            version=self.version or 0,
             dry_run=self.request.dry_run,
             nbytes=plan.nbytes,
             tensors=len({route.tensor for route in plan.routes}),

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from wavecast.runtime import errors
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
 from wavecast.runtime.transfer.comm import CommunicatorError, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
+from wavecast.runtime.transfer.hooks import Hook, Hooks, call_hooks, call_hooks_async
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
     Abort,
@@ -26,6 +27,7 @@ from wavecast.runtime.transfer.messages import (
     Begin,
     Close,
     Commit,
+    Committed,
     Compare,
     Connect,
     Describe,
@@ -36,17 +38,23 @@ from wavecast.runtime.transfer.messages import (
     Export,
     Exported,
     Failure,
+    HookDone,
     HostStore,
     Load,
     Probe,
     Reply,
     Request,
+    RunHook,
     RunId,
     RunStep,
+    Standing,
+    Status,
     StoreAddress,
 )
+from wavecast.runtime.transfer.program import Program
 from wavecast.runtime.transfer.pull import why_not_shared
 from wavecast.runtime.transfer.session import Run, Session, pass_on
+from wavecast.runtime.transfer.shadow import Shadow
 from wavecast.runtime.transfer.tables import has_kernels
 
 __all__ = ("Agent", "Host")
@@ -79,13 +87,20 @@ class Agent:
     whatever group, and an older one never ends a newer.
 
     :param shards: the user's hook; called at the begin of each run, on the thread of the request
+    :param hooks: the user's other hooks, by name: see :data:`~wavecast.runtime.transfer.hooks.HOOKS`
     :param make_session: makes what is kept for one group
     :ivar version: last committed version, ``None`` before the first
-    :ivar torn: a run has begun to write and was not committed
     """
 
-    def __init__(self, shards: Callable[[], Sequence[Shard]], *, make_session: Callable[[], Session] = Session) -> None:
+    def __init__(
+        self,
+        shards: Callable[[], Sequence[Shard]],
+        *,
+        hooks: Mapping[str, Hook] | None = None,
+        make_session: Callable[[], Session] = Session,
+    ) -> None:
         self._shards = shards
+        self._hooks = Hooks(hooks or {})
         self._make_session = make_session
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
@@ -99,22 +114,40 @@ class Agent:
         self._signature: tuple[object, ...] | None = None
         self._digest = ""
         self._written_by: Run | None = None
+        self._writing: int | None = None
+        self._was_torn = False
+        self._shadow: Shadow | None = None
+        self._shadow_of: Memory | None = None
+        self._in_shadow = False
+        self._live: tuple[Shard, ...] = ()
+        self._received: dict[str, frozenset[str]] = {}
         self.version: int | None = None
 
     @property
     def torn(self) -> bool:
-        return self._written_by is not None and self._written_by.wrote
+        """Whether a run has begun to write and was not committed. One that writes to a shadow tears nothing."""
+        if self._in_shadow or self._written_by is None:
+            return self._was_torn
+
+        return self._written_by.wrote
+
+    @property
+    def standing(self) -> Standing:
+        """Version and torn, as they are told to drivers."""
+        return Standing(self.version, self.torn, self._writing if self.torn else None)
 
     def serve(self, request: Request, host: Host, *attachments: object) -> Reply:
         """Answer ``request``, blocking. A cancelled call gives up its run and returns within the grace time."""
         try:
-            future = self._start(request, host, attachments)
+            seconds = self._call_before(request)
+            future = self._start(request, host, attachments, seconds)
             while not future.done():
                 wait((future,), timeout=_LOOK_SECONDS)
                 if not future.done() and host.cancelled():
                     self._give_up(request, "the driver cancelled the call")
                     return Failure("SyncAborted", "the driver cancelled the call")
 
+            call_hooks(self._hooks.after(request), log_errors=True)
             return future.result()
         except Exception as error:
             return self._failed(request, error)
@@ -122,18 +155,59 @@ class Agent:
     async def serve_async(self, request: Request, host: Host, *attachments: object) -> Reply:
         """Answer ``request`` on an actor's event loop, without blocking it while bytes move."""
         try:
-            future = self._start(request, host, attachments)
-            return await asyncio.wrap_future(future)
+            seconds = await self._call_before_async(request)
+            future = self._start(request, host, attachments, seconds)
+            reply = await asyncio.wrap_future(future)
+            await call_hooks_async(self._hooks.after(request), log_errors=True)
+            return reply
         except asyncio.CancelledError:
             self._give_up(request, "the driver cancelled the call")
             raise
         except Exception as error:
             return self._failed(request, error)
 
-    def _start(self, request: Request, host: Host, attachments: tuple[object, ...]) -> Future[Reply]:
+    # Hooks that come before what is asked.
+
+    def _call_before(self, request: Request) -> float:
+        self._admit(request)
+        calls = self._hooks.before(request)
+        try:
+            return call_hooks(calls)
+        finally:
+            call_hooks(self._hooks.called(request), log_errors=True)
+
+    async def _call_before_async(self, request: Request) -> float:
+        self._admit(request)
+        calls = self._hooks.before(request)
+        try:
+            return await call_hooks_async(calls)
+        finally:
+            await call_hooks_async(self._hooks.called(request), log_errors=True)
+
+    def _admit(self, request: Request) -> None:
+        """Refuse what comes too late before any hook is called for it."""
+        if isinstance(request, Begin) and request.run.serial < self._latest:
+            raise errors.SyncAborted("a later run has begun on this actor")
+
+        if isinstance(request, RunHook) and request.hook == "before_commit":
+            self._session(request.run).current(request.run)
+
+    def _start(
+        self, request: Request, host: Host, attachments: tuple[object, ...], hook_seconds: float
+    ) -> Future[Reply]:
         """Answer what is answered at once; hand the rest to the session's own thread."""
-        if isinstance(request, Begin | Close):
-            return _answered(self._begin(request, host) if isinstance(request, Begin) else self._close(request))
+        match request:
+            case Status():
+                return _answered(self.standing)
+            case Begin():
+                return _answered(self._begin(request, host, hook_seconds))
+            case Close():
+                return _answered(self._close(request))
+            case RunHook():
+                return _answered(HookDone(hook_seconds))
+            case Abort():
+                self._give_up(request, request.reason)
+                return _answered(Done())
 
         if isinstance(request, RunStep):
             return self._step(request)
@@ -162,9 +236,6 @@ class Agent:
                 return _answered(StoreAddress(host.address(), session.host_store(request, host.address())))
             case Commit():
                 return _answered(self._commit(session, request))
-            case Abort():
-                session.give_up(request.run, request.reason)
-                return _answered(Done())
 
     def _failed(self, request: Request, error: Exception) -> Failure:
         """Turn an exception into an answer. A failed transport is dropped: its other members get the same."""
@@ -174,7 +245,7 @@ class Agent:
         return _failure(error)
 
     def _give_up(self, request: Request, reason: str) -> None:
-        if isinstance(request, Close):
+        if isinstance(request, Close | Status):
             return
 
         session = self._sessions.get(request.run.group)
@@ -211,9 +282,12 @@ class Agent:
 
     # What is answered at once.
 
-    def _begin(self, request: Begin, host: Host) -> Began:
-        memory = self._read_shards(request.actor)
-        shards = memory.shards
+    def _begin(self, request: Begin, host: Host, hook_seconds: float) -> Began:
+        if self._hooks.abandoned:
+            raise errors.SyncAborted("the run was given up while its hook was called")
+
+        live = self._read_shards(request.actor)
+        shards = live.shards
         nan = count_nan(shards) if request.scan else ()
         with self._lock:
             if request.run.serial < self._latest:
@@ -224,20 +298,27 @@ class Agent:
                 if session.run is not None and session.run.name != request.run:
                     session.give_up(session.run.name, "another sync, of this group or of another, began on this actor")
 
-            if memory is not self._memory:
-                self._memory = memory
+            if live is not self._memory:
+                self._memory = live
                 self._moves += 1
-                self._unshared = why_not_shared(memory) if memory.device.type == "cuda" else "it is host memory"
+                self._unshared = why_not_shared(live) if live.device.type == "cuda" else "it is host memory"
 
-            if memory.signature != self._signature:
-                self._signature = memory.signature
+            if live.signature != self._signature:
+                self._signature = live.signature
                 self._layout = describe(shards)
                 self._digest = _digest(self._layout)
 
-            was_torn = self.torn
+            before = self.standing
+            memory = self._second_copy(live).memory if request.shadow else live
             run = Run(request.run, request.actor, memory)
-            run.wrote = was_torn
+            self._was_torn = before.torn
+            self._in_shadow = request.shadow
+            self._live = shards if request.shadow else ()
+            run.wrote = before.torn and not request.shadow
             self._written_by = run
+            if request.version is not None:
+                self._writing = request.version
+
             own = self._sessions.get(request.run.group)
             if own is None:
                 # Not setdefault(): a session has a thread.
@@ -250,16 +331,17 @@ class Agent:
         for waiting, future in early:
             self._take_up(waiting, future)
 
-        place = self._locate(host, memory.device)
         return Began(
             digest=self._digest,
-            place=place,
+            place=self._locate(host, live.device),
             nan=nan,
-            version=self.version,
-            torn=was_torn,
+            standing=before,
             addresses=self._moves,
             unshared=self._unshared,
-            kernels=memory.device.type == "cuda" and has_kernels(),
+            kernels=live.device.type == "cuda" and has_kernels(),
+            hooks=self._hooks.names if request.version is not None else (),
+            hook_seconds=hook_seconds,
+            shadow_bytes=self._shadow.nbytes if self._shadow is not None and request.shadow else 0,
         )
 
     def _locate(self, host: Host, device: torch.device) -> Place:
@@ -283,20 +365,47 @@ class Agent:
 
         return Memory(shards)
 
-    def _commit(self, session: Session, request: Commit) -> Done:
+    def _second_copy(self, live: Memory) -> Shadow:
+        """Return what a run writes to in place of ``live``: allocated once a layout."""
+        shadow, of = self._shadow, self._shadow_of
+        if shadow is None or (live is not of and not shadow.fits(live.shards)):
+            # The old one goes first: there may be no room for both.
+            del shadow
+            self._shadow = None
+            shadow = self._shadow = Shadow(live.shards)
+
+        self._shadow_of = live
+        return shadow
+
+    def _commit(self, session: Session, request: Commit) -> Committed:
         with self._lock:
             run = session.current(request.run)
+            seconds = self._flip(run)
             if request.version is not None:
                 self.version = request.version
-                run.wrote = False
+                self._was_torn = False
 
+            run.wrote = self._was_torn
             session.run = None
 
-        return Done()
+        return Committed(seconds)
+
+    def _flip(self, run: Run) -> float:
+        """Copy what a run wrote to the shadow over the weights. On the actor's own thread: its methods wait for it."""
+        if not self._in_shadow or self._shadow is None or not run.wrote:
+            return 0.0
+
+        was_torn, self._was_torn = self._was_torn, True
+        seconds = self._shadow.flip(self._live, self._received.get(run.name.group, frozenset()))
+        self._was_torn, self._live = was_torn, ()
+        return seconds
 
     def _close(self, request: Close) -> Done:
         with self._lock:
             session = self._sessions.pop(request.group, None)
+            self._received.pop(request.group, None)
+            if not self._sessions:
+                self._shadow, self._shadow_of, self._live = None, None, ()
 
         if session is not None:
             session.close()
@@ -307,7 +416,9 @@ class Agent:
 
     def _load(self, session: Session, request: Load) -> Done:
         session.current(request.run)
-        session.load(request.program.unpack())
+        program = request.program.unpack()
+        self._received[request.run.group] = _received(program)
+        session.load(program)
         return Done()
 
     def _probe(self, session: Session, request: Probe) -> Excerpt:
@@ -354,6 +465,15 @@ def _listed(found: object) -> list[Shard]:
         raise errors.LayoutError(f"transfer_shards() must return a list of Shard values, got {type(found).__name__}")
 
     return list(found)
+
+
+def _received(program: Program) -> frozenset[str]:
+    """Return the actor's own names of the tensors that a program writes."""
+    steps = (step for step in program.steps if program.actor in step.receivers)
+    written = {cut.tensor for step in steps for cut in step.cuts}
+    renamed = dict(program.renames)
+    own = {name for name, logical in renamed.items() if not written.isdisjoint(logical)}
+    return frozenset(own | (written - renamed.keys()))
 
 
 def _answered(reply: Reply) -> Future[Reply]:

@@ -14,6 +14,7 @@ __all__ = (
     "decode",
     "RunId",
     "Request",
+    "Status",
     "Begin",
     "Describe",
     "HostStore",
@@ -25,10 +26,12 @@ __all__ = (
     "Disconnect",
     "Probe",
     "Compare",
+    "RunHook",
     "Commit",
     "Abort",
     "Close",
     "Reply",
+    "Standing",
     "Began",
     "Addresses",
     "Described",
@@ -38,6 +41,8 @@ __all__ = (
     "StepDone",
     "Finished",
     "Excerpt",
+    "HookDone",
+    "Committed",
     "Done",
     "Failure",
 )
@@ -70,6 +75,11 @@ class RunId(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Status:
+    """Asks an actor which version it holds. Answered in any state, changes nothing, and calls no code of the user's."""
+
+
+@dataclass(frozen=True, slots=True)
 class Begin:
     """
     Opens a run: the actor reads its shards afresh and says what it holds.
@@ -77,11 +87,16 @@ class Begin:
     :ivar run: names the run; every later request of it carries it
     :ivar actor: the actor's number
     :ivar scan: count NaN elements in the shards
+    :ivar version: the version on its way; ``None`` at an actor that only lends its weights to another replica, whose
+        hooks are left alone
+    :ivar shadow: write to a second copy of the shards, which the commit copies over them
     """
 
     run: RunId
     actor: int
     scan: bool = False
+    version: int | None = None
+    shadow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +206,30 @@ class Compare:
 
 
 @dataclass(frozen=True, slots=True)
+class RunHook:
+    """
+    Calls a hook of the user's, on an actor that has said it has one.
+
+    :ivar hook: ``"before_commit"``, or what ends the run: ``"after_commit"``, ``"after_abort"``
+    """
+
+    run: RunId
+    hook: str
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """
     Ends a run that went well.
 
-    :ivar version: the actor's version from now on: all bytes have arrived and been verified. ``None``: none was moved
+    :ivar version: the actor's version from now on: all bytes have arrived and been verified. ``None``: it keeps the
+        version it had, torn if it was torn: a source, a dry run, a part of the tensors on a replica not whole
+    :ivar dry_run: nothing was moved
     """
 
     run: RunId
     version: int | None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +248,8 @@ class Close:
 
 
 Request = (
-    Begin
+    Status
+    | Begin
     | Describe
     | HostStore
     | Connect
@@ -229,10 +260,26 @@ Request = (
     | RunStep
     | Probe
     | Compare
+    | RunHook
     | Commit
     | Abort
     | Close
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """
+    Where an actor stands between two runs.
+
+    :ivar version: last committed version, ``None`` before the first
+    :ivar torn: a run began to write and never committed
+    :ivar writing: the version last on its way when it is torn, else ``None``
+    """
+
+    version: int | None
+    torn: bool
+    writing: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,21 +288,35 @@ class Began:
     :ivar digest: of the layout now held, its place left out: replicas have equal ones
     :ivar place: node and device of the shards
     :ivar nan: names of tensors with NaN elements and how many, when scanned
-    :ivar version: last committed version, ``None`` before the first
-    :ivar torn: a run began to write and never committed
+    :ivar standing: before this run
     :ivar addresses: changes when shards have moved in memory
     :ivar unshared: why other processes of the node could not map the shards' memory; empty when they can
     :ivar kernels: the actor can run the fused kernels
+    :ivar hooks: names of those the user has written
+    :ivar hook_seconds: what ``before_sync`` took
+    :ivar shadow_bytes: of the second copy of the shards
     """
 
     digest: str
     place: Place
     nan: tuple[tuple[str, int], ...]
-    version: int | None
-    torn: bool
+    standing: Standing
     addresses: int = 0
     unshared: str = "not asked"
     kernels: bool = False
+    hooks: tuple[str, ...] = ()
+    hook_seconds: float = 0.0
+    shadow_bytes: int = 0
+
+    @property
+    def version(self) -> int | None:
+        """The last committed version, ``None`` before the first."""
+        return self.standing.version
+
+    @property
+    def torn(self) -> bool:
+        """Whether a run began to write and never committed."""
+        return self.standing.torn
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +424,20 @@ class Excerpt:
 
 
 @dataclass(frozen=True, slots=True)
+class HookDone:
+    """:ivar seconds: what the hook took"""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """:ivar flip_seconds: to copy the second copy of the shards over the weights; 0 where there is none"""
+
+    flip_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """Nothing to tell but that it is done. ``differing`` names what a comparison found, if it was one."""
 
@@ -384,4 +459,17 @@ class Failure:
     tensor: str = ""
 
 
-Reply = Began | Described | StoreAddress | Connected | Exported | StepDone | Excerpt | Done | Failure
+Reply = (
+    Standing
+    | Began
+    | Described
+    | StoreAddress
+    | Connected
+    | Exported
+    | StepDone
+    | Excerpt
+    | HookDone
+    | Committed
+    | Done
+    | Failure
+)

@@ -50,7 +50,7 @@ class Pool:
 
         actors, self._idle[kind] = idle[: len(held)], idle[len(held) :]
         self._lent += [(kind, actor) for actor in actors]
-        ray.get([actor.hold.remote(layout, weights()) for actor, layout in zip(actors, held, strict=True)])  # type: ignore[attr-defined]
+        ray.get([actor.start_over.remote(layout, weights()) for actor, layout in zip(actors, held, strict=True)])  # type: ignore[attr-defined]
         return actors
 
     def kill(self, actor: object) -> None:

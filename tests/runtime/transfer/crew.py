@@ -21,6 +21,7 @@ from wavecast.runtime.transfer.messages import (
     Began,
     Begin,
     Commit,
+    Committed,
     Connect,
     Connected,
     Done,
@@ -202,7 +203,7 @@ class Crew:
         return [self.finished.get(program.actor, nothing) for program in self.programs]
 
     async def commit(self, version: int | None) -> None:
-        expect(Done, await self.ask_all(lambda actor: Commit(self.run, version)))
+        expect(Committed, await self.ask_all(lambda actor: Commit(self.run, version)))
 
     async def abort(self) -> None:
         expect(Done, await self.ask_all(lambda actor: Abort(self.run, "the test gave it up")))

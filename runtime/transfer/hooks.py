@@ -1,0 +1,177 @@
+"""The user's hooks around a sync: which is due at which request, and calling it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from wavecast.runtime import errors
+from wavecast.runtime.transfer.messages import Abort, Begin, Close, Commit, Request, RunHook, RunId
+
+__all__ = ("HOOKS", "Hook", "HookCall", "Hooks", "call_hooks", "call_hooks_async")
+
+#: In the order in which a sync comes to them; the last two exclude each other.
+HOOKS = ("before_sync", "before_commit", "after_commit", "after_abort")
+
+Hook = Callable[[int], Awaitable[None] | None]
+
+_log = logging.getLogger(__name__)
+
+
+class HookCall(NamedTuple):
+    """A hook that is due."""
+
+    name: str
+    version: int
+    hook: Hook
+
+
+class Hooks:
+    """
+    Decides which hook a request makes due, and sees that each ``before_sync`` has its end.
+
+    After ``before_sync`` was called, also when it raised, exactly one of ``after_commit`` and ``after_abort`` follows:
+    at the driver's own request when the sync ends, or else when the next one begins or the group is closed.
+
+    :param hooks: by name, those that the user has written
+    """
+
+    def __init__(self, hooks: Mapping[str, Hook]) -> None:
+        self._hooks = dict(hooks)
+        self._lock = threading.Lock()
+        self._open: tuple[RunId, int] | None = None
+        self._committed = False
+        self._calling = False
+        self._abandoned = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those there are, in the order of :data:`HOOKS`."""
+        return tuple(name for name in HOOKS if name in self._hooks)
+
+    def before(self, request: Request) -> list[HookCall]:
+        """
+        Return what is to be called before ``request`` is served; :meth:`called` must follow.
+
+        :raises SyncInProgress: when a hook of an earlier run has not returned yet
+        :raises SyncAborted: for a hook of a run that is over
+        """
+        if not isinstance(request, Begin | RunHook):
+            return []
+
+        with self._lock:
+            if self._calling:
+                raise errors.SyncInProgress("a hook of an earlier sync has not returned yet on this actor")
+
+            if isinstance(request, RunHook):
+                return self._asked_for(request)
+
+            calls = self._end()
+            self._committed = self._abandoned = False
+            if request.version is not None:
+                self._open = (request.run, request.version)
+                calls += self._call("before_sync", request.version)
+
+            self._calling = bool(calls)
+            return calls
+
+    def called(self, request: Request) -> list[HookCall]:
+        """Note that the calls made before ``request`` are over; return what became due meanwhile."""
+        with self._lock:
+            if not isinstance(request, Begin | RunHook):
+                return []
+
+            self._calling = False
+            return self._end() if self._abandoned else []
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the run was given up while its hook was being called."""
+        return self._abandoned
+
+    def after(self, request: Request) -> list[HookCall]:
+        """Return what is to be called after ``request`` was served."""
+        with self._lock:
+            match request:
+                case Commit() if self._open is not None and self._open[0] == request.run:
+                    self._committed = not request.dry_run
+                    return []
+                case Abort():
+                    ends = self._open is not None and self._open[0] == request.run
+                case Close():
+                    ends = self._open is not None and self._open[0].group == request.group
+                case _:
+                    return []
+
+            if ends and self._calling:
+                # On another thread; whoever called it goes on with the end.
+                self._abandoned = True
+                return []
+
+            return self._end() if ends else []
+
+    def _asked_for(self, request: RunHook) -> list[HookCall]:
+        if self._open is None or self._open[0] != request.run:
+            raise errors.SyncAborted("the run is no longer current on this actor")
+
+        calls = self._call(request.hook, self._open[1]) if request.hook == "before_commit" else self._end()
+        self._calling = bool(calls)
+        return calls
+
+    def _end(self) -> list[HookCall]:
+        if self._open is None:
+            return []
+
+        (_, version), self._open = self._open, None
+        return self._call("after_commit" if self._committed else "after_abort", version)
+
+    def _call(self, name: str, version: int) -> list[HookCall]:
+        hook = self._hooks.get(name)
+        return [] if hook is None else [HookCall(name, version, hook)]
+
+
+def call_hooks(calls: Sequence[HookCall], *, log_errors: bool = False) -> float:
+    """
+    Call hooks on this thread and return the seconds they took; an awaitable runs on an event loop of its own.
+
+    :param log_errors: nobody waits for what they raise
+    """
+    start = time.perf_counter()
+    for call in calls:
+        try:
+            found = call.hook(call.version)
+            if inspect.isawaitable(found):
+                asyncio.run(_wait_for(found))
+        except Exception:
+            if not log_errors:
+                raise
+
+            _log.exception("%s(%d) failed", call.name, call.version)
+
+    return time.perf_counter() - start
+
+
+async def call_hooks_async(calls: Sequence[HookCall], *, log_errors: bool = False) -> float:
+    """Call hooks on the running event loop and return the seconds they took; otherwise as :func:`call_hooks`."""
+    start = time.perf_counter()
+    for call in calls:
+        try:
+            found = call.hook(call.version)
+            if inspect.isawaitable(found):
+                await found
+        except Exception:
+            if not log_errors:
+                raise
+
+            _log.exception("%s(%d) failed", call.name, call.version)
+
+    return time.perf_counter() - start
+
+
+async def _wait_for(found: Awaitable[None]) -> None:
+    await found
