@@ -31,7 +31,7 @@ def choose_chunk_bytes(
     """
     Return the chunk size for runs of ``run_nbytes`` bytes each, when the busiest port moves ``port_nbytes``.
 
-    Between a thirty-second and all of the busiest port's bytes, and between ``min_chunk_bytes`` and 256 GiB. Within that
+    Between a thirty-second and all of the busiest port's bytes, between ``min_chunk_bytes`` and 256 GiB. Within that
     the size that makes chunks of different runs most alike, since a wave lasts as long as its largest task: runs of
     600 and 900 MB are best cut in 300 MB. Each chunk is charged its start, so coarse wins where it is as good: where
     all runs are of one size none is cut. (Tasks need not be small for packing to overlap the wire: their buckets are.)
