@@ -22,7 +22,9 @@ from wavecast.runtime.transfer.copying import unpack
 from wavecast.runtime.transfer.memory import Memory, as_bits
 from wavecast.runtime.transfer.messages import (
     Abort,
+    Addresses,
     Attach,
+    Began,
     Begin,
     Close,
     Commit,
@@ -33,6 +35,7 @@ from wavecast.runtime.transfer.messages import (
     Done,
     Excerpt,
     Export,
+    Exported,
     Failure,
     HostStore,
     Load,
@@ -738,6 +741,117 @@ async def test_a_failed_probe_is_passed_on_by_the_comparison() -> None:
     odd = await crew.ask(3, Compare(crew.run, 0), "an answer of another kind")
     assert isinstance(odd, Failure)
     assert odd.message == "TypeError: expected the sender's excerpt, got str"
+
+
+# Addresses, for those that pull.
+
+
+def an_export() -> Exported:
+    return Exported(Addresses((b"handle",), {0: b""}, (0, 0)))
+
+
+async def test_a_senders_failure_is_passed_on_by_the_receiver_that_wanted_its_addresses() -> None:
+    world = World()
+    crew = world.crew(Wires())
+    await crew.begin()
+    await crew.connect()
+    failure = Failure("TransportUnavailable", "cuIpcGetMemHandle failed")
+    assert await crew.ask(3, Attach(crew.run, (0, 1)), an_export(), failure) == failure
+    odd = await crew.ask(3, Attach(crew.run, (0,)), Done())
+    assert isinstance(odd, Failure)
+    assert odd.message == "TypeError: expected a sender's addresses, got Done"
+    few = await crew.ask(3, Attach(crew.run, (0, 1)), an_export())
+    assert kind_of(few) == "ActorFailed"
+    # The run goes on: nothing was entered into with anybody.
+    world.fill(1)
+    await crew.move()
+    assert crew.mismatches(crew.finish()) == []
+    assert world.arrived()
+
+
+async def test_addresses_are_asked_for_once_there_is_a_program() -> None:
+    crew = World().crew(Wires())
+    await crew.begin()
+    failure = await crew.ask(0, Export(crew.run))
+    assert isinstance(failure, Failure)
+    assert (failure.kind, failure.message) == ("SyncError", "the actor has no program")
+    attach = await crew.ask(3, Attach(crew.run, ()))
+    assert isinstance(attach, Failure)
+    assert attach.message == "the actor has no program"
+
+
+async def test_host_memory_is_offered_to_nobody() -> None:
+    world = World()
+    crew = world.crew(Wires())
+    first = await crew.begin()
+    assert {(reply.unshared, reply.kernels, reply.addresses) for reply in first} == {("it is host memory", False, 1)}
+    # The same shards in the same place have not moved; one that was made anew has.
+    world.shards[0][0] = Shard("w", world.sources[0], (0, 0), (6, 40))
+    assert [reply.addresses for reply in await crew.begin()] == [2, 1, 1, 1, 1]
+    world.scales[1].data = torch.zeros(())
+    assert [reply.addresses for reply in await crew.begin()] == [2, 2, 1, 1, 1]
+
+
+async def test_communicators_are_given_back_and_made_anew() -> None:
+    world, wires = World(), Wires()
+    crew = world.crew(wires)
+    world.fill(1)
+    await crew.sync(1, connect=True)
+    await crew.begin()
+    staging = [weakref.ref(session._staging) for agent in crew.agents for session in agent._sessions.values()]
+    expect(Done, await crew.ask_all(lambda actor: Disconnect(crew.run)))
+    gc.collect()
+    assert [ref() for ref in staging] == [None] * 5
+    (fabric,) = wires.fabrics.values()
+    with pytest.raises(CommunicatorError):
+        fabric.post(0, (1,), torch.zeros(1))
+
+    early = await crew.ask(0, crew.step(0, 0))
+    assert isinstance(early, Failure)
+    assert "before it was connected" in early.message
+    world.fill(2)
+    await crew.sync(2, connect=True)
+    assert world.arrived()
+
+
+# Steps that come before the begin of their run.
+
+
+async def test_a_step_that_comes_before_its_begin_waits_for_it() -> None:
+    world = World()
+    crew = world.crew(Wires())
+    world.fill(1)
+    await crew.sync(1, connect=True)
+    world.fill(2)
+    crew.run = RunId(crew.group, crew.run.serial + 1_000_000)
+    requests = [
+        (program.actor, crew.step(program.actor, step))
+        for program in crew.programs
+        for step in range(len(program.steps))
+    ]
+    early = [asyncio.ensure_future(crew.ask(actor, request)) for actor, request in requests]
+    await asyncio.sleep(0)
+    assert not any(reply.done() for reply in early)
+    expect(Began, await crew.ask_all(lambda actor: Begin(crew.run, actor)))
+    expect(StepDone, await asyncio.gather(*early))
+    assert crew.mismatches(crew.finish()) == []
+    await crew.commit(2)
+    assert world.arrived()
+
+
+async def test_a_step_that_came_early_for_a_run_that_another_overtook_is_refused() -> None:
+    world = World()
+    crew = world.crew(Wires())
+    await crew.begin()
+    await crew.connect()
+    never = RunId(crew.group, crew.run.serial + 1)
+    early = asyncio.ensure_future(crew.ask(3, RunStep(never, 0, "digest", SECONDS)))
+    await asyncio.sleep(0)
+    assert not early.done()
+    later = RunId(crew.group, crew.run.serial + 2)
+    assert kind_of(await crew.ask(3, Begin(later, 3))) == "Began"
+    assert kind_of(await early) == "SyncAborted"
+    assert world.untouched()
 
 
 # The user's hook.

@@ -130,7 +130,6 @@ def test_signatures_tell_layouts_apart_and_not_where_they_are_in_memory() -> Non
         signature(trainable=False),
     ]
     assert len({signature(), *changed}) == 7
-    assert signature(view=computed(torch.zeros(2, 3))) == signature()
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e5m2, torch.bfloat16, torch.float32, torch.complex64])
@@ -179,3 +178,86 @@ def test_infinities_and_integers_are_no_nan() -> None:
 def test_nan_in_complex_numbers_are_counted() -> None:
     view = torch.tensor([complex(0, float("nan")), 1j])
     assert count_nan([Shard("c", view, (0,), (2,))]) == (("c", 1),)
+
+
+# What has not changed since the last time.
+
+
+def a_memory() -> tuple[list[Shard], Memory]:
+    shards = [
+        Shard("w", torch.zeros(4, 4), (0, 0), (4, 4)),
+        Shard("v", torch.zeros(6), (0,), (6,)),
+        Shard("c", computed(torch.zeros(2)), (0,), (2,)),
+    ]
+    return shards, Memory(shards)
+
+
+def test_the_same_shards_hold_still_also_in_another_list_and_with_other_elements() -> None:
+    shards, memory = a_memory()
+    assert memory.holds_still(shards)
+    assert memory.holds_still(tuple(shards))
+    assert isinstance(shards[0].view, torch.Tensor)
+    shards[0].view.fill_(1)
+    assert memory.holds_still(shards)
+
+
+def test_other_objects_fewer_more_or_in_another_order_do_not_hold_still() -> None:
+    shards, memory = a_memory()
+    w, v, c = shards
+    for others in (
+        [w, v],
+        [w, v, c, c],
+        [],
+        [v, w, c],
+        [w, Shard("v", v.view, (0,), (6,)), c],
+    ):
+        assert not memory.holds_still(others)
+
+
+def test_storage_that_moved_under_a_tensor_does_not_hold_still() -> None:
+    shards, memory = a_memory()
+    view = shards[0].view
+    assert isinstance(view, torch.Tensor)
+    before = view.data
+    view.data = torch.zeros(4, 4)
+    assert not memory.holds_still(shards)
+    # Where it was all along.
+    view.data = before
+    assert memory.holds_still(shards)
+
+
+def test_a_tensor_of_another_shape_does_not_hold_still() -> None:
+    shards, memory = a_memory()
+    view = shards[1].view
+    assert isinstance(view, torch.Tensor)
+    view.data = view.data[:5]
+    assert view.data_ptr() == memory.addresses()[1]
+    assert not memory.holds_still(shards)
+
+
+@pytest.mark.xfail(reason="memory.py: holds_still looks at addresses and shapes, not at strides")
+def test_a_tensor_of_other_strides_does_not_hold_still() -> None:
+    """A square weight turned to column order in place: what was worked out for its rows is wrong now."""
+    shards, memory = a_memory()
+    view = shards[0].view
+    assert isinstance(view, torch.Tensor)
+    view.data = view.data.t()
+    assert not memory.holds_still(shards)
+
+
+@pytest.mark.xfail(reason="memory.py: holds_still looks at addresses and shapes, not at dtypes")
+def test_a_tensor_of_another_dtype_does_not_hold_still() -> None:
+    shards, memory = a_memory()
+    view = shards[0].view
+    assert isinstance(view, torch.Tensor)
+    view.data = view.data.view(torch.int32)
+    assert not memory.holds_still(shards)
+
+
+@pytest.mark.xfail(reason="memory.py: _signature leaves out what is computed, so the agent keeps the old layout")
+def test_a_signature_tells_a_view_from_what_is_worked_out() -> None:
+    """A layout says which tensors are computed, and what is computed must not be pulled."""
+    view = torch.zeros(2, 3)
+    plain = Memory([Shard("w", view, (0, 0), (2, 3))])
+    worked = Memory([Shard("w", computed(view), (0, 0), (2, 3))])
+    assert plain.signature != worked.signature
