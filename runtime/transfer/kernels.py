@@ -125,8 +125,9 @@ def _weighed(value, place, UNIT: tl.constexpr):  # type: ignore[no-untyped-def]
         low = tl.where(byte < 4, word << ((byte % 4) * 8).to(tl.uint64), 0).to(tl.uint64)
         high = tl.where(byte >= 4, word << ((byte % 4) * 8).to(tl.uint64), 0).to(tl.uint64)
 
-    mixed = lane.to(tl.uint32) * 0x9E3779B1
+    # Odd, and so never zero: a word that changed always shows.
+    mixed = lane.to(tl.uint32) * 0x9E3779B1 + 0x7F4A7C15
     mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77
-    first = mixed ^ (mixed >> 13)
-    second = (mixed ^ (mixed >> 16)) * 0x27D4EB2F
+    first = (mixed ^ (mixed >> 13)) | 1
+    second = ((mixed ^ (mixed >> 16)) * 0x27D4EB2F) | 1
     return low * first.to(tl.uint64) + high * second.to(tl.uint64)

@@ -31,9 +31,10 @@ def made(
     *,
     names: frozenset[str] | None = None,
     options: SyncOptions | None = None,
-    carriers: Carriers = Carriers("gloo"),
+    carriers: Carriers | None = None,
 ) -> Preparation:
-    return prepare(sources, destinations, options or SyncOptions(chunk_bytes=512), names, carriers)
+    ways = carriers or Carriers("gloo")
+    return prepare(sources, destinations, options or SyncOptions(chunk_bytes=512), names, ways)
 
 
 def test_three_sources_to_two_destinations() -> None:
@@ -201,9 +202,7 @@ def test_what_needs_a_cast_or_is_computed_goes_in_tasks_of_its_own_that_are_not_
     sources = [replace(layout, computed=("u",)) for layout in side(1, "w", "v", "u")]
     (wanted,) = side(1, "w", "v", "u")
     pieces = tuple(replace(piece, dtype="bfloat16") if piece.tensor == "v" else piece for piece in wanted.pieces)
-    ready = made(
-        sources, [Layout(pieces)], options=SyncOptions(chunk_bytes=1 << 20), carriers=pulling((0, 1))
-    )
+    ready = made(sources, [Layout(pieces)], options=SyncOptions(chunk_bytes=1 << 20), carriers=pulling((0, 1)))
     steps = ready.programs[1].steps
     assert sorted((step.pull, *sorted({cut.tensor for cut in step.cuts})) for step in steps) == [
         (False, "u", "v"),

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ class Stream:
         self.cuda_stream = id(self)
         DEVICE.streams.append(self)
 
-    def put(self, job: Callable[[], None]) -> None:
+    def put(self, job: Callable[[], object]) -> None:
         def run() -> bool:
             job()
             return True
@@ -72,7 +74,7 @@ class Event:
 class Device:
     def __init__(self) -> None:
         self.streams: list[Stream] = []
-        self.current = None
+        self.current: Stream | None = None
         self.default: Stream | None = None
         #: Of the streams that may go on, which goes on: first to last made, or the other way round.
         self.backwards = False
@@ -132,7 +134,7 @@ class HostTorch:
 class CopyBatch:
     """:cvar started: bytes of each copy that a copy engine made"""
 
-    started: list[int] = []
+    started: ClassVar[list[int]] = []
 
     def __init__(self, copies: Sequence[tuple[int, int, int]]) -> None:
         self.copies = list(copies)
@@ -141,7 +143,7 @@ class CopyBatch:
         (found,) = [each for each in DEVICE.streams if each.cuda_stream == stream]
         for target, source, nbytes in self.copies:
             self.started.append(nbytes)
-            found.put(lambda target=target, source=source, nbytes=nbytes: ctypes.memmove(target, source, nbytes))
+            found.put(functools.partial(ctypes.memmove, target, source, nbytes))
 
 
 class Exporter:
@@ -214,14 +216,14 @@ def walk(table: Table, source_base: int, target_base: int, total: torch.Tensor, 
 
 
 def weighed_sum(data: bytes, first: int = 0) -> int:
-    """Return the sum of the wire's 32-bit words, each times its weight; ``data`` starts at byte ``first`` of the wire."""
+    """Return the sum of the wire's 32-bit words, each times its weight; ``data`` is what follows its byte ``first``."""
     values = np.frombuffer(data, np.uint8).astype(np.uint64)
     place = np.arange(first, first + len(data), dtype=np.uint64)
     lane = (place // np.uint64(8)).astype(np.uint32)
-    mixed = lane * np.uint32(0x9E3779B1)
+    mixed = lane * np.uint32(0x9E3779B1) + np.uint32(0x7F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x85EBCA77)
-    low = mixed ^ (mixed >> np.uint32(13))
-    high = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x27D4EB2F)
+    low = (mixed ^ (mixed >> np.uint32(13))) | np.uint32(1)
+    high = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x27D4EB2F) | np.uint32(1)
     weight = np.where(place % np.uint64(8) < 4, low, high).astype(np.uint64)
     words = values << (np.uint64(8) * (place % np.uint64(4)))
     return int((words * weight).sum(dtype=np.uint64))

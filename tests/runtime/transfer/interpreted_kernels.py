@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import numpy as np
 import torch
@@ -112,4 +113,4 @@ if __name__ == "__main__":
     for name in CASES:
         check(name)
 
-    print("all", len(CASES), "cases")
+    sys.stdout.write(f"all {len(CASES)} cases\n")

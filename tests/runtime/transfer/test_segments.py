@@ -166,7 +166,8 @@ def test_segments_move_what_a_copy_moves_and_pass_the_wire_in_row_major_order(
     nbytes = source.element_size()
     places = [
         [
-            view.storage_offset() * nbytes + sum(i * stride * nbytes for i, stride in zip(index, view.stride(), strict=True))
+            view.storage_offset() * nbytes
+            + sum(i * stride * nbytes for i, stride in zip(index, view.stride(), strict=True))
             for index in itertools.product(*map(range, view.shape))
         ]
         for view in ends
@@ -176,9 +177,7 @@ def test_segments_move_what_a_copy_moves_and_pass_the_wire_in_row_major_order(
         expected[b : b + nbytes] = read[a : a + nbytes]
         packed += read[a : a + nbytes].tobytes()
 
-    segments = list(
-        pair_segments(tuple(source.shape), nbytes, strided(source), strided(target), wire=wire)
-    )
+    segments = list(pair_segments(tuple(source.shape), nbytes, strided(source), strided(target), wire=wire))
     bases = source.untyped_storage().data_ptr(), target.untyped_storage().data_ptr()
     passed = bytearray(len(packed))
     for a, b, w in bytes_of(segments):
