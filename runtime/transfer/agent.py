@@ -55,7 +55,7 @@ from wavecast.runtime.transfer.program import Program
 from wavecast.runtime.transfer.pull import why_not_shared
 from wavecast.runtime.transfer.session import Run, Session, pass_on
 from wavecast.runtime.transfer.shadow import Shadow
-from wavecast.runtime.transfer.tables import has_kernels
+from wavecast.runtime.transfer.tables import has_kernels, warm_up
 
 __all__ = ("Agent", "Host")
 
@@ -299,6 +299,9 @@ class Agent:
                     session.give_up(session.run.name, "another sync, of this group or of another, began on this actor")
 
             if live is not self._memory:
+                if self._memory is None and live.device.type == "cuda" and has_kernels():
+                    warm_up(live.device)
+
                 self._memory = live
                 self._moves += 1
                 self._unshared = why_not_shared(live) if live.device.type == "cuda" else "it is host memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,19 @@ import torch
 
 from wavecast.runtime.transfer.segments import Segment, split_segment, unit_nbytes
 
-__all__ = ("Table", "build_tables", "copy_table", "copy_and_sum_table", "sum_source", "sum_target", "has_kernels")
+__all__ = (
+    "Table",
+    "build_tables",
+    "copy_table",
+    "copy_and_sum_table",
+    "sum_source",
+    "sum_target",
+    "has_kernels",
+    "warm_up",
+)
+
+_compiling = threading.Lock()
+_compiled: set[tuple[str, int]] = set()
 
 #: Warps a program; and programs a multiprocessor to copy, which a link or the memory limits, and to sum up.
 _COPY_WARPS, _COPY_PROGRAMS = 16, 1
@@ -44,6 +57,21 @@ def has_kernels() -> bool:
         return False
 
     return True
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile what pulls need, on a thread of its own: seconds, once on a machine, that the first sync need not wait for."""
+    thread = threading.Thread(target=_compile, args=(device,), name="wavecast-compile", daemon=True)
+    thread.start()
+
+
+def _compile(device: torch.device) -> None:
+    torch.cuda.set_device(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        bits = torch.zeros(4, dtype=torch.int64, device=device)
+        (table,) = build_tables([Segment(bits.data_ptr(), bits.data_ptr() + 16, 1, 16, 0, 0, 0)], device)
+        sum_source(table, torch.zeros(1, dtype=torch.int64, device=device))
+        copy_table(table)
 
 
 def build_tables(segments: Iterable[Segment], device: torch.device) -> tuple[Table, ...]:
@@ -100,6 +128,19 @@ def sum_target(table: Table, total: torch.Tensor, *, target_base: int = 0) -> No
 
 
 def _launch(
+    table: Table, source_base: int, target_base: int, total: torch.Tensor, mode: str, warps: int, programs: int
+) -> None:
+    key = (mode, table.unit)
+    if key not in _compiled:
+        # One thread compiles, another that needs the same waits for it.
+        with _compiling:
+            _launch_now(table, source_base, target_base, total, mode, warps, programs)
+            _compiled.add(key)
+    else:
+        _launch_now(table, source_base, target_base, total, mode, warps, programs)
+
+
+def _launch_now(
     table: Table, source_base: int, target_base: int, total: torch.Tensor, mode: str, warps: int, programs: int
 ) -> None:
     from wavecast.runtime.transfer import kernels
