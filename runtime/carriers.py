@@ -159,11 +159,14 @@ def part_routes(plan: ReshardPlan, layouts: Sequence[Layout], carriers: Carriers
         for receiver in route.receivers
     ]
     moved = frozenset((route.tensor, route.offset, route.extent) for route in several)
-    return replace(plan, routes=tuple(_regroup(routes, moved, layouts)))
+    return replace(plan, routes=tuple(_regroup(routes, moved, layouts, carriers.pulls)))
 
 
 def _regroup(
-    routes: Sequence[Route], parted: Collection[tuple[str, _Dims, _Dims]], layouts: Sequence[Layout]
+    routes: Sequence[Route],
+    parted: Collection[tuple[str, _Dims, _Dims]],
+    layouts: Sequence[Layout],
+    pulls: Collection[tuple[int, int]],
 ) -> list[Route]:
     """Return ``routes`` with those ``parted`` moved to the sender that brings their receiver most, where that fits."""
     brought: dict[int, Counter[int]] = {}
@@ -187,6 +190,7 @@ def _regroup(
         other = heaviest[route.receivers[0]]
         if (
             other != route.sender
+            and (other, route.receivers[0]) in pulls
             and (route.tensor, route.offset, route.extent) in parted
             and loads[other] + route.nbytes <= most
             and any(box.contains(route.box) for box in held[other].get(route.tensor, ()))

@@ -101,7 +101,10 @@ def prepare(
     # What the run needs to know of it is worked out here, off the event loop.
     _ = driven.order
     # What an actor does with a task depends on these as well, and all must agree on it.
-    way = f"{carriers.moved}{'+pulls' if carriers.pulls else ''}{'+kernels' if carriers.kernels else ''}"
+    in_order = [task for wave in schedule.waves for task in wave.tasks]
+    fetched = tuple(task for task in in_order if len(task.receivers) == 1 and pulled(task_routes(task)[0]))
+    which = hashlib.sha256(repr([task.id for task in fetched]).encode()).hexdigest()[:16] if fetched else "none"
+    way = f"{carriers.moved}-{which}{'-kernels' if carriers.kernels else ''}"
     digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}-{way}"
     if any(renames):
         digest += f"-{hashlib.sha256(repr(tuple(renames)).encode()).hexdigest()[:16]}"
@@ -117,11 +120,9 @@ def prepare(
         renames=renames,
     )
     step_of = tuple({step.task: index for index, step in enumerate(program.steps)} for program in programs)
-    in_order = [task for wave in schedule.waves for task in wave.tasks]
     many = [tuple(sorted(task.members)) for task in in_order if len(task.receivers) > 1]
-    one = [task for task in in_order if len(task.receivers) == 1]
-    fetched = [task for task in one if pulled(task_routes(task)[0])]
-    moved = [task for task in one if not pulled(task_routes(task)[0])]
+    ids = frozenset(task.id for task in fetched)
+    moved = [task for task in in_order if len(task.receivers) == 1 and task.id not in ids]
     return Preparation(
         plan=plan,
         schedule=schedule,

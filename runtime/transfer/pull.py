@@ -52,7 +52,8 @@ def why_not_shared(memory: Memory) -> str:
     make_current(_index(memory.device))
     try:
         for address in memory.addresses():
-            exporter.locate(address)
+            if address:
+                exporter.locate(address)
     except SyncError as error:
         return str(error)
 

@@ -60,7 +60,7 @@ def has_kernels() -> bool:
 
 
 def warm_up(device: torch.device) -> None:
-    """Compile what pulls need, on a thread of its own: seconds, once on a machine, that the first sync need not wait for."""
+    """Compile what pulls need on a thread of its own: that takes seconds, once on a machine."""
     thread = threading.Thread(target=_compile, args=(device,), name="wavecast-compile", daemon=True)
     thread.start()
 

@@ -303,7 +303,6 @@ def test_a_parted_route_stays_where_the_other_sender_does_not_hold_it() -> None:
     assert [(route.sender, route.receivers) for route in parted.routes if route.tensor == "s"] == [(0, (2,)), (0, (3,))]
 
 
-@pytest.mark.xfail(reason="carriers._regroup: the sender that a route is moved to may not be one to pull from")
 def test_a_parted_route_is_moved_to_no_sender_that_cannot_be_pulled_from() -> None:
     """Source 0 is on another node and brings receiver 2 most; the small tensor came from source 1, a neighbour."""
     small = Piece("s", Box((0, 0), (1, 4)), (1, 4), "float32")

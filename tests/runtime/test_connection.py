@@ -286,7 +286,6 @@ async def test_a_sender_that_moved_and_could_not_be_mapped_is_asked_again() -> N
     assert driver.actors.take() == [(2, "Export"), (4, "Attach")]
 
 
-@pytest.mark.xfail(reason="preparation.py: the digest does not tell which pairs pull, so Load is left out")
 async def test_programs_are_loaded_anew_when_a_pair_was_refused() -> None:
     """The retry of a sync whose receiver could not map a sender: that pair's steps go over NCCL now."""
     driver = Driver()

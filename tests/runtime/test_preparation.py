@@ -218,9 +218,6 @@ def test_the_digest_follows_the_ways_the_bytes_go() -> None:
     assert len({made(sources, destinations, carriers=way).digest for way in ways}) == 4
 
 
-@pytest.mark.xfail(
-    reason="preparation.py: the digest tells only whether anything is pulled, so programs are not loaded anew"
-)
 def test_the_digest_tells_which_steps_are_pulled() -> None:
     """After a refused mapping the plan is the same but for one pair: actors must be given other programs."""
     sources, destinations = side(3, "w"), side(2, "w")
@@ -230,9 +227,6 @@ def test_the_digest_tells_which_steps_are_pulled() -> None:
     assert first.digest != refused.digest
 
 
-@pytest.mark.xfail(
-    reason="preparation.py: the digest tells only whether anything is pulled, so programs are not loaded anew"
-)
 def test_the_digest_tells_when_a_tensor_is_worked_out_from_now_on() -> None:
     sources, destinations = side(2, "w"), side(2, "w")
     pairs = pulling((0, 2), (1, 3))

@@ -235,7 +235,6 @@ def test_a_tensor_of_another_shape_does_not_hold_still() -> None:
     assert not memory.holds_still(shards)
 
 
-@pytest.mark.xfail(reason="memory.py: holds_still looks at addresses and shapes, not at strides")
 def test_a_tensor_of_other_strides_does_not_hold_still() -> None:
     """A square weight turned to column order in place: what was worked out for its rows is wrong now."""
     shards, memory = a_memory()
@@ -245,7 +244,6 @@ def test_a_tensor_of_other_strides_does_not_hold_still() -> None:
     assert not memory.holds_still(shards)
 
 
-@pytest.mark.xfail(reason="memory.py: holds_still looks at addresses and shapes, not at dtypes")
 def test_a_tensor_of_another_dtype_does_not_hold_still() -> None:
     shards, memory = a_memory()
     view = shards[0].view
@@ -254,7 +252,6 @@ def test_a_tensor_of_another_dtype_does_not_hold_still() -> None:
     assert not memory.holds_still(shards)
 
 
-@pytest.mark.xfail(reason="memory.py: _signature leaves out what is computed, so the agent keeps the old layout")
 def test_a_signature_tells_a_view_from_what_is_worked_out() -> None:
     """A layout says which tensors are computed, and what is computed must not be pulled."""
     view = torch.zeros(2, 3)
