@@ -326,6 +326,18 @@ def test_a_receiver_waits_until_the_sender_has_begun_this_very_run(
     assert readings == [9]
 
 
+def test_a_bell_that_was_attached_anew_has_not_been_heard(device: Device) -> None:
+    """The sender moved in the very run in which its old bell rang."""
+    pair = odd_pair()
+    pair.attach()
+    pair.bell.fill_(4)
+    pair.pullers[1].wait_for(0, 4, Deadline(5), go_on)
+    pair.bell = torch.zeros(1, dtype=torch.int64)
+    pair.attach()
+    with pytest.raises(MoveTimeout):
+        pair.pullers[1].wait_for(0, 4, Deadline(-1), go_on)
+
+
 def test_a_bell_that_is_never_rung_is_a_timeout_and_an_abort_ends_the_wait(device: Device) -> None:
     pair = odd_pair()
     pair.attach()
