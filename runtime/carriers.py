@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from wavecast.runtime.errors import TransportUnavailable
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Place
-from wavecast.runtime.plan.reshard import ReshardPlan
+from wavecast.runtime.plan.reshard import ReshardPlan, routes_digest
 from wavecast.runtime.plan.route import Route
 
 __all__ = ("Ability", "Carriers", "PullRule", "choose_carriers", "part_routes")
@@ -159,7 +159,8 @@ def part_routes(plan: ReshardPlan, layouts: Sequence[Layout], carriers: Carriers
         for receiver in route.receivers
     ]
     moved = frozenset((route.tensor, route.offset, route.extent) for route in several)
-    return replace(plan, routes=tuple(_regroup(routes, moved, layouts, carriers.pulls)))
+    regrouped = tuple(_regroup(routes, moved, layouts, carriers.pulls))
+    return replace(plan, routes=regrouped, digest=routes_digest(regrouped))
 
 
 def _regroup(

@@ -104,8 +104,8 @@ class Connection:
         if not stale:
             return
 
-        # The senders' answers go from actor to actor, without a stop on the driver.
         exports = {sender: self._actors.start(sender, Export(run)) for sender in sorted({pair[0] for pair in stale})}
+        await self._actors.answers(list(exports.values()), Exported)
         refs = []
         for receiver in sorted({pair[1] for pair in stale}):
             senders = tuple(sender for sender in exports if (sender, receiver) in stale)
@@ -113,7 +113,6 @@ class Connection:
             refs.append(self._actors.start(receiver, attach, *(exports[sender] for sender in senders)))
 
         await self._actors.answers(refs, Done)
-        await self._actors.answers(list(exports.values()), Exported)
         self._addresses.update((sender, now[sender]) for sender in exports)
         self._attached = self._attached.union(preparation.pulls)
 

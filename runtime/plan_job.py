@@ -10,8 +10,8 @@ from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.model import Sides, as_table, describe_sides
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
-from wavecast.runtime.plan.tasks import build_tasks, spread_tasks
-from wavecast.scheduler import FanOut, Schedule, explain, plan_waves, verify
+from wavecast.runtime.plan.timetable import make_timetable
+from wavecast.scheduler import FanOut, Schedule, explain
 
 __all__ = ("PlanOutcome", "make_plan", "plan_as_json", "plan_as_table", "gigabytes")
 
@@ -53,9 +53,7 @@ def make_plan(
     described = time.perf_counter()
     plan = plan_reshard(sides.sources, sides.destinations)
     resharded = time.perf_counter()
-    tasks = spread_tasks(build_tasks(plan, chunk_bytes=chunk_bytes), method=fan_out)
-    schedule = plan_waves(tasks, strategy=strategy, ports=ports)
-    verify(schedule, tasks)
+    schedule = make_timetable(plan, chunk_bytes=chunk_bytes, strategy=strategy, ports=ports, fan_out=fan_out)
     scheduled = time.perf_counter()
     seconds = {
         "describe": described - start,

@@ -16,9 +16,10 @@ from wavecast.runtime.naming import Renames
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
-from wavecast.runtime.plan.tasks import build_tasks, spread_tasks, task_routes
+from wavecast.runtime.plan.tasks import task_routes
+from wavecast.runtime.plan.timetable import make_timetable
 from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
-from wavecast.scheduler import Schedule, plan_waves, verify
+from wavecast.scheduler import Schedule
 
 __all__ = ("Only", "Preparation", "prepare", "select_names")
 
@@ -93,10 +94,16 @@ def prepare(
     layouts = (*sources, *destinations)
     plan = part_routes(plan, layouts, carriers)
     pulled = PullRule(layouts, carriers)
-    tasks = build_tasks(plan, chunk_bytes=options.chunk_bytes, apart=pulled)
-    tasks = spread_tasks(tasks, method=options.fan_out, cost=options.link)
-    schedule = plan_waves(tasks, strategy=options.strategy, ports=options.ports)
-    verify(schedule, tasks)
+    places = [layout.place for layout in layouts]
+    schedule = make_timetable(
+        plan,
+        chunk_bytes=options.chunk_bytes,
+        strategy=options.strategy,
+        ports=options.ports,
+        fan_out=options.fan_out,
+        link=options.link,
+        apart=pulled,
+    )
     driven = replace(schedule, ports="half")
     # What the run needs to know of it is worked out here, off the event loop.
     _ = driven.order
@@ -117,6 +124,7 @@ def prepare(
         checksum=options.checksum,
         kernels=carriers.kernels,
         pulled=pulled,
+        near=lambda route: places[route.sender] == places[route.receivers[0]],
         renames=renames,
     )
     step_of = tuple({step.task: index for index, step in enumerate(program.steps)} for program in programs)

@@ -361,7 +361,7 @@ class SyncRun:
                         seconds=lambda: self._seconds_left,
                     )
             except errors.TransportUnavailable as error:
-                refused = {pair for pair in preparation.pulls if pair[1] in error.actors}
+                refused = {pair for pair in preparation.pulls if not set(pair).isdisjoint(error.actors)}
                 if self._options.transport != "auto" or not refused:
                     raise
 

@@ -10,7 +10,14 @@ from wavecast.runtime.errors import ConfigError
 from wavecast.runtime.layout.dtypes import ITEMSIZE
 from wavecast.runtime.plan.route import Route
 
-__all__ = ("cut_run", "choose_chunk_bytes", "MIN_CHUNK_BYTES", "MAX_CHUNK_BYTES", "LARGEST_ELEMENT")
+__all__ = (
+    "cut_run",
+    "choose_chunk_bytes",
+    "start_nbytes",
+    "MIN_CHUNK_BYTES",
+    "MAX_CHUNK_BYTES",
+    "LARGEST_ELEMENT",
+)
 
 #: Below this a link is far from its speed: NCCL reaches 138 GB/s at 16 MiB, 349 at 1 GiB.
 MIN_CHUNK_BYTES = 16 << 20
@@ -38,7 +45,7 @@ def choose_chunk_bytes(
     """
     most = max(min_chunk_bytes, min(MAX_CHUNK_BYTES, port_nbytes))
     least = max(min_chunk_bytes, most // _FINEST)
-    start = min(_START_NBYTES, max(port_nbytes // _FINEST, 1))
+    start = start_nbytes(port_nbytes)
     runs = Counter(run_nbytes)
     heaviest = sorted(runs, key=lambda nbytes: (-nbytes * runs[nbytes], nbytes))[:_SIZES]
     candidates = {most}
@@ -57,6 +64,11 @@ def choose_chunk_bytes(
         )
 
     return min(sorted(candidates, reverse=True), key=cost)
+
+
+def start_nbytes(port_nbytes: int) -> int:
+    """Return what to charge a task or a wave for its start, in bytes, when the busiest port moves ``port_nbytes``."""
+    return min(_START_NBYTES, max(port_nbytes // _FINEST, 1))
 
 
 def cut_run(routes: Sequence[Route], *, chunk_bytes: int) -> tuple[tuple[Route, ...], ...]:

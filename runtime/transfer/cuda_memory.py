@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 from wavecast.runtime.errors import TransportUnavailable
 
-__all__ = ("Exporter", "CopyBatch", "make_current", "open_memory", "close_memory", "device_of", "read_async")
+__all__ = ("Exporter", "CopyBatch", "make_current", "open_memory", "close_memory", "read_async")
 
 _HANDLE_NBYTES = 64
 _LAZY_PEER_ACCESS = 1
 _STREAM_ORDER = 1
-_DEVICE_ORDINAL = 9
 _OPENED: dict[bytes, tuple[int, int]] = {}
 _opening = threading.Lock()
 
@@ -112,20 +111,6 @@ def close_memory(handle: bytes) -> None:
 
         del _OPENED[handle]
         _check(_cuda().cuIpcCloseMemHandle(ctypes.c_uint64(address)), "cuIpcCloseMemHandle")
-
-
-def device_of(address: int) -> int:
-    """
-    Return the number of the visible device whose memory ``address`` is; mapped memory is its owner's.
-
-    :raises TransportUnavailable: when the driver does not know the address
-    """
-    ordinal = ctypes.c_int(-1)
-    result = _cuda().cuPointerGetAttribute(
-        ctypes.byref(ordinal), ctypes.c_int(_DEVICE_ORDINAL), ctypes.c_uint64(address)
-    )
-    _check(result, "cuPointerGetAttribute")
-    return ordinal.value
 
 
 def read_async(target: int, source: int, nbytes: int, stream: int) -> None:

@@ -60,6 +60,7 @@ class Step:
     :ivar receivers: the actors whose memory is written
     :ivar cuts: what travels, in wire order
     :ivar pull: the receiver fetches the cuts out of the sender's memory; otherwise they are packed, moved and unpacked
+    :ivar near: sender and receiver share a GPU
     """
 
     task: int
@@ -67,6 +68,7 @@ class Step:
     receivers: tuple[int, ...]
     cuts: tuple[Cut, ...]
     pull: bool = False
+    near: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +146,14 @@ def compile_programs(
     checksum: bool,
     kernels: bool = False,
     pulled: Callable[[Route], bool] | None = None,
+    near: Callable[[Route], bool] | None = None,
     renames: Sequence[Renames] = (),
 ) -> tuple[Program, ...]:
     """
     Return the program of each actor: its own steps, in wave order. Tasks carry their routes as payload.
 
     :param pulled: tells whether a route is pulled; all routes of a task alike. Left out, none is
+    :param near: tells whether the members of a pulled route share a GPU. Left out, none do
     :param renames: one an actor, or none at all
     """
     steps: list[list[Step]] = [[] for _ in range(actors)]
@@ -157,7 +161,8 @@ def compile_programs(
         for task in wave.tasks:
             routes = task_routes(task)
             pull = pulled is not None and bool(routes) and pulled(routes[0])
-            step = Step(task.id, task.senders[0], task.receivers, _cuts(routes), pull)
+            beside = pull and near is not None and near(routes[0])
+            step = Step(task.id, task.senders[0], task.receivers, _cuts(routes), pull, beside)
             for member in task.members:
                 steps[member].append(step)
 

@@ -15,7 +15,6 @@ from wavecast.runtime.transfer.cuda_memory import (
     CopyBatch,
     Exporter,
     close_memory,
-    device_of,
     make_current,
     open_memory,
     read_async,
@@ -103,7 +102,7 @@ class Puller:
         self._opened: dict[int, tuple[bytes, ...]] = {}
         self._bases: dict[int, tuple[int, ...]] = {}
         self._remote: dict[int, bytes] = {}
-        self._near: dict[int, bool] = {}
+        self._crowded = False
         self._bells: dict[int, int] = {}
         self._heard: dict[int, int] = {}
         self._listen = torch.cuda.Stream(device)
@@ -136,7 +135,6 @@ class Puller:
                     close_memory(handle)
 
             self._bases[sender] = tuple(bases)
-            self._near[sender] = all(device_of(base) == _index(self.device) for base in bases)
             number, offset = addresses.bell
             self._bells[sender] = bases[number] + offset
             self._heard.pop(sender, None)
@@ -165,8 +163,9 @@ class Puller:
             elif step.pull:
                 self._parts_of(step)
 
-    def forget(self) -> None:
-        """Drop what was worked out for a program."""
+    def take_on(self, program: Program) -> None:
+        """Drop what was worked out for another program."""
+        self._crowded = any(step.near for step in program.steps)
         self._receiving = {}
         self._sending = {}
         self._twins = {}
@@ -203,7 +202,7 @@ class Puller:
                 total.copy_(known, non_blocking=True)
             else:
                 for table in self._sums_of(step):
-                    sum_source(table, total)
+                    sum_source(table, total, hurry=self._crowded)
 
     def receive(self, step: Step, total: torch.Tensor | None) -> torch.cuda.Event:
         """
@@ -219,7 +218,7 @@ class Puller:
             if part.copies:
                 with torch.cuda.stream(self._walk):
                     for table in part.copies:
-                        copy_table(table)
+                        copy_table(table, near=step.near)
 
             # Either stream waits for the other: parts, and steps, do not run into each other.
             self._engine.wait_stream(self._walk)
@@ -229,7 +228,7 @@ class Puller:
                 self.sums.wait_event(copied)
                 with torch.cuda.stream(self.sums):
                     for table in part.sums:
-                        sum_source(table, total)
+                        sum_source(table, total, hurry=self._crowded)
 
         return copied
 
@@ -284,7 +283,7 @@ class Puller:
 
     def _make_parts(self, step: Step) -> Iterable[_Part]:
         counted, others = self._pulled(step)
-        near = self._near[step.sender]
+        near = step.near
         for segments in _fill(others):
             yield self._part(segments, counted=False, near=near)
 

@@ -202,7 +202,7 @@ class Session:
         self._buckets = {}
         self._tables = None
         if self._puller is not None:
-            self._puller.forget()
+            self._puller.take_on(program)
 
         sends = any(step.sender == program.actor for step in program.steps)
         self._forwards = sends and any(program.actor in step.receivers for step in program.steps)
@@ -259,6 +259,7 @@ class Session:
     def _pulling(self, memory: Memory) -> Puller:
         if self._puller is None:
             self._puller = Puller(memory.device)
+            self._puller.take_on(self._loaded())
 
         return self._puller
 

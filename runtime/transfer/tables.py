@@ -25,9 +25,11 @@ __all__ = (
 _compiling = threading.Lock()
 _compiled: set[tuple[str, int]] = set()
 
-#: Warps a program; and programs a multiprocessor to copy, which a link or the memory limits, and to sum up.
-_COPY_WARPS, _COPY_PROGRAMS = 16, 1
-_SUM_WARPS, _SUM_PROGRAMS = 8, 2
+#: Warps a program, and how many programs: half of an H200 is enough for a link (372 GB/s with 64, 374 with 132), two a
+#: multiprocessor for its own memory (1.9 TB/s); a quarter sums up several times what a link brings (1.2 TB/s with 32).
+#: What copies and what sums up run side by side, so neither takes more than it needs.
+_COPY_WARPS, _SUM_WARPS = 16, 8
+_FAR, _NEAR, _ASIDE = 0.5, 2.0, 0.25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,46 +109,54 @@ def _table(segments: Sequence[Segment], unit: int, units_per_tile: int, device: 
     return Table(table.to(device), torch.repeat_interleave(numbers, tiles).to(device), unit)
 
 
-def copy_table(table: Table, *, source_base: int = 0, target_base: int = 0) -> None:
-    """Queue the copies of ``table`` on the current stream; the bases are added to its addresses."""
-    _launch(table, source_base, target_base, table.rows, "COPY", _COPY_WARPS, _COPY_PROGRAMS)
+def copy_table(table: Table, *, source_base: int = 0, target_base: int = 0, near: bool = True) -> None:
+    """
+    Queue the copies of ``table`` on the current stream; the bases are added to its addresses.
+
+    :param near: both ends are in this device's memory
+    """
+    _launch(table, source_base, target_base, table.rows, "COPY", _COPY_WARPS, _NEAR if near else _FAR)
 
 
 def copy_and_sum_table(table: Table, total: torch.Tensor, *, source_base: int = 0, target_base: int = 0) -> None:
     """Queue the copies of ``table`` and add the weighed sum of what was read to ``total`` (one int64)."""
-    _launch(table, source_base, target_base, total, "COPY_AND_SUM", _COPY_WARPS, 2 * _COPY_PROGRAMS)
+    _launch(table, source_base, target_base, total, "COPY_AND_SUM", _COPY_WARPS, _NEAR)
 
 
-def sum_source(table: Table, total: torch.Tensor, *, source_base: int = 0) -> None:
-    """Queue the weighed sum of all that ``table`` reads; it is added to ``total`` (one int64)."""
-    _launch(table, source_base, 0, total, "SUM_SOURCE", _SUM_WARPS, _SUM_PROGRAMS)
+def sum_source(table: Table, total: torch.Tensor, *, source_base: int = 0, hurry: bool = True) -> None:
+    """
+    Queue the weighed sum of all that ``table`` reads; it is added to ``total`` (one int64).
+
+    :param hurry: with all of the device: where processes share one they take turns on it, and the shortest turn is best
+    """
+    _launch(table, source_base, 0, total, "SUM_SOURCE", _SUM_WARPS, _NEAR if hurry else _ASIDE)
 
 
 def sum_target(table: Table, total: torch.Tensor, *, target_base: int = 0) -> None:
     """Queue the weighed sum of all that lies where ``table`` writes; it is added to ``total`` (one int64)."""
-    _launch(table, 0, target_base, total, "SUM_TARGET", _SUM_WARPS, _SUM_PROGRAMS)
+    _launch(table, 0, target_base, total, "SUM_TARGET", _SUM_WARPS, _NEAR)
 
 
 def _launch(
-    table: Table, source_base: int, target_base: int, total: torch.Tensor, mode: str, warps: int, programs: int
+    table: Table, source_base: int, target_base: int, total: torch.Tensor, mode: str, warps: int, share: float
 ) -> None:
     key = (mode, table.unit)
     if key not in _compiled:
         # One thread compiles, another that needs the same waits for it.
         with _compiling:
-            _launch_now(table, source_base, target_base, total, mode, warps, programs)
+            _launch_now(table, source_base, target_base, total, mode, warps, share)
             _compiled.add(key)
     else:
-        _launch_now(table, source_base, target_base, total, mode, warps, programs)
+        _launch_now(table, source_base, target_base, total, mode, warps, share)
 
 
 def _launch_now(
-    table: Table, source_base: int, target_base: int, total: torch.Tensor, mode: str, warps: int, programs: int
+    table: Table, source_base: int, target_base: int, total: torch.Tensor, mode: str, warps: int, share: float
 ) -> None:
     from wavecast.runtime.transfer import kernels
 
     count = table.tiles.numel()
-    grid = min(count, programs * _multiprocessors(table.rows.device))
+    grid = min(count, max(int(share * _multiprocessors(table.rows.device)), 1))
     kernels.walk[(grid,)](
         table.rows,
         table.tiles,

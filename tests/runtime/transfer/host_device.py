@@ -164,11 +164,6 @@ class Exporter:
 OPENED: dict[bytes, int] = {}
 
 
-def device_of(address: int) -> int:
-    """Everything is on another device: both the engines and the kernel get their share."""
-    return 1
-
-
 def open_memory(handle: bytes) -> int:
     OPENED[handle] = OPENED.get(handle, 0) + 1
     return int.from_bytes(handle, "little") << 16
@@ -252,7 +247,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Devi
     monkeypatch.setattr(fused, "torch", HostTorch())
     monkeypatch.setattr(pull, "torch", HostTorch())
     monkeypatch.setattr(pull, "make_current", lambda index: None)
-    for name in ("CopyBatch", "Exporter", "open_memory", "close_memory", "device_of", "read_async"):
+    for name in ("CopyBatch", "Exporter", "open_memory", "close_memory", "read_async"):
         monkeypatch.setattr(pull, name, globals()[name])
 
     return DEVICE

@@ -1,0 +1,50 @@
+"""From routes to waves, with the size of tasks that suits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from wavecast.runtime.plan.chunks import MAX_CHUNK_BYTES, start_nbytes
+from wavecast.runtime.plan.reshard import ReshardPlan
+from wavecast.runtime.plan.route import Route
+from wavecast.runtime.plan.tasks import build_tasks, spread_tasks
+from wavecast.scheduler import FanOut, LinkCost, Schedule, plan_waves, verify
+
+__all__ = ("make_timetable",)
+
+
+def make_timetable(
+    plan: ReshardPlan,
+    *,
+    chunk_bytes: int | None = None,
+    strategy: str = "auto",
+    ports: Literal["half", "full"] = "half",
+    fan_out: FanOut = "auto",
+    link: LinkCost | None = None,
+    apart: Callable[[Route], bool] | None = None,
+) -> Schedule:
+    """
+    Return a verified schedule of ``plan``'s routes.
+
+    Where ``chunk_bytes`` is left out two sizes are tried: the one that makes chunks of all runs most alike, and no
+    chunks at all. Runs of two sizes need none where those of one size share a wave. The schedule with the smaller
+    makespan is taken, each wave charged with the start of its tasks.
+
+    :param apart: as of :func:`~wavecast.runtime.plan.tasks.build_tasks`; the other options as of ``SyncOptions``
+    :raises ConfigError: when ``chunk_bytes`` cannot be
+    """
+
+    def try_out(size: int | None) -> Schedule:
+        tasks = spread_tasks(build_tasks(plan, chunk_bytes=size, apart=apart), method=fan_out, cost=link)
+        schedule = plan_waves(tasks, strategy=strategy, ports=ports)
+        verify(schedule, tasks)
+        return schedule
+
+    level = try_out(chunk_bytes)
+    if chunk_bytes is not None or len(level.waves) < 2:
+        return level
+
+    whole = try_out(MAX_CHUNK_BYTES)
+    start = start_nbytes(level.bound.nbytes)
+    return min(level, whole, key=lambda schedule: schedule.makespan_bytes + start * len(schedule.waves))
