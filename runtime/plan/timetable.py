@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from wavecast.runtime.plan.chunks import MAX_CHUNK_BYTES, start_nbytes
+from wavecast.runtime.plan.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, start_nbytes
 from wavecast.runtime.plan.reshard import ReshardPlan
 from wavecast.runtime.plan.route import Route
 from wavecast.runtime.plan.tasks import build_tasks, spread_tasks
 from wavecast.scheduler import FanOut, LinkCost, Schedule, plan_waves, verify
 
 __all__ = ("make_timetable",)
+
+#: A schedule so close to its bound is not worth cutting anything for.
+_NEXT_TO_NOTHING = 1.02
+_PARTS = 8
 
 
 def make_timetable(
@@ -27,9 +31,9 @@ def make_timetable(
     """
     Return a verified schedule of ``plan``'s routes.
 
-    Where ``chunk_bytes`` is left out two sizes are tried: the one that makes chunks of all runs most alike, and no
-    chunks at all. Runs of two sizes need none where those of one size share a wave. The schedule with the smaller
-    makespan is taken, each wave charged with the start of its tasks.
+    Where ``chunk_bytes`` is left out no run is cut if that leaves next to nothing idle: runs of one size share waves.
+    Else two more sizes are tried, the one that makes chunks of all runs most alike and an eighth of the busiest port's
+    bytes, and the schedule of the least makespan is taken, each wave charged with the start of its tasks.
 
     :param apart: as of :func:`~wavecast.runtime.plan.tasks.build_tasks`; the other options as of ``SyncOptions``
     :raises ConfigError: when ``chunk_bytes`` cannot be
@@ -41,10 +45,14 @@ def make_timetable(
         verify(schedule, tasks)
         return schedule
 
-    level = try_out(chunk_bytes)
-    if chunk_bytes is not None or len(level.waves) < 2:
-        return level
+    if chunk_bytes is not None:
+        return try_out(chunk_bytes)
 
     whole = try_out(MAX_CHUNK_BYTES)
-    start = start_nbytes(level.bound.nbytes)
-    return min(level, whole, key=lambda schedule: schedule.makespan_bytes + start * len(schedule.waves))
+    if whole.gap <= _NEXT_TO_NOTHING:
+        return whole
+
+    start = start_nbytes(whole.bound.nbytes)
+    eighth = max(whole.bound.nbytes // _PARTS, MIN_CHUNK_BYTES)
+    tried = (whole, try_out(None), try_out(eighth))
+    return min(tried, key=lambda schedule: schedule.makespan_bytes + start * len(schedule.waves))
