@@ -15,7 +15,7 @@ from wavecast.runtime.transfer.messages import Began, Commit, Committed, HookDon
 __all__ = ("CommitPhase",)
 
 #: For answers that are on their way when the caller is cancelled or his time is up.
-_HEAR_SECONDS = 0.15
+_HEAR_SECONDS = 0.1
 
 
 @dataclass(slots=True)

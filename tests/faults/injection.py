@@ -262,6 +262,6 @@ class FaultyAgent(Agent):
 
         if isinstance(request, Probe | Compare) and self._injector.due(request, "bit"):
             run = self._session(request.run).current(request.run)
-            _flip(next(shard.view for shard in run.memory.shards if shard.name == "matrix"))
+            _flip(next(shard.view for shard in run.memory.shards if shard.view.ndim == 2))
 
         return super()._start(request, host, attachments, hook_seconds)

@@ -21,9 +21,10 @@ from wavecast.runtime.transfer.worker import overridden_hooks
 __all__ = ("DEADLINE_SECONDS", "FaultyActor", "LocalSides", "Outcome", "run_cell", "run_cells", "text_of")
 
 #: Of the sync that fails: some faults only end by it.
-DEADLINE_SECONDS = 1.0
+DEADLINE_SECONDS = 1.5
 #: Of those that must not.
 _LONG_SECONDS = 30.0
+_WAITING = ("stop", "lost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +243,7 @@ async def run_cell(cell: Cell) -> Outcome:
 
 async def _failing(group: ParameterSyncGroup, struck: FaultyActor, cell: Cell) -> tuple[str, str, float]:
     start = time.monotonic()
-    waits = cell.fault in ("stop", "lost")
-    seconds = DEADLINE_SECONDS if waits else _LONG_SECONDS
+    seconds = DEADLINE_SECONDS if cell.fault in _WAITING else _LONG_SECONDS
     error, message = "none", ""
     with struck.cancel_driver:
         try:
@@ -272,12 +272,12 @@ async def _mend(group: ParameterSyncGroup, sides: LocalSides, struck: FaultyActo
 
 
 async def run_cells(cells: Iterable[Cell]) -> dict[Cell, Outcome | Exception]:
-    """Run cells side by side: most of their time is waiting for a deadline."""
+    """Run cells side by side: those that wait for a deadline leave the machine to the others."""
     found: dict[Cell, Outcome | Exception] = {}
-    limit = anyio.CapacityLimiter(24)
+    waiting, working = anyio.CapacityLimiter(8), anyio.CapacityLimiter(2)
 
     async def run(cell: Cell) -> None:
-        async with limit:
+        async with waiting if cell.fault in _WAITING else working:
             try:
                 found[cell] = await run_cell(cell)
             except Exception as error:
