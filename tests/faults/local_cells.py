@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -82,7 +82,7 @@ class FaultyActor(LocalActor):
             make_session=lambda: faulty_session(self.injector, StorelessSession, wires),
             injector=self.injector,
         )
-        self.cancel_driver = anyio.CancelScope()
+        self.cancel_driver: Callable[[], object] = lambda: None
         self.unheard: list[Answer] = []
         self._runs = asyncio.Event()
         self._runs.set()
@@ -109,7 +109,7 @@ class FaultyActor(LocalActor):
         elif self.injector.due(request, "stop"):
             self._runs.clear()
         elif self.injector.due(request, "cancel"):
-            self.cancel_driver.cancel()
+            self.cancel_driver()
         elif type(request).__name__ not in ("Commit", "RunHook"):
             self.injector.arrived(request)
 
@@ -169,7 +169,7 @@ class LocalSides:
     def values(self, replica: int) -> set[float]:
         return set().union(*(holder_of(actor).values() for actor in self.replicas[replica]))
 
-    def group(self, staging: str, *, reconnects: bool) -> ParameterSyncGroup:
+    def group(self, staging: str, *, reconnects: bool, when_busy: str = "raise") -> ParameterSyncGroup:
         options = SyncOptions(
             transport="gloo",
             chunk_bytes=1 << 8,
@@ -177,6 +177,7 @@ class LocalSides:
             lookahead=0,
             staging=staging,  # type: ignore[arg-type]
             release_communicators=reconnects,
+            when_busy=when_busy,  # type: ignore[arg-type]
         )
         return ParameterSyncGroup(
             ModelGroup("policy", [self.trainers]), ModelGroup("rollout", self.replicas), options
@@ -245,14 +246,15 @@ async def _failing(group: ParameterSyncGroup, struck: FaultyActor, cell: Cell) -
     start = time.monotonic()
     seconds = DEADLINE_SECONDS if cell.fault in _WAITING else _LONG_SECONDS
     error, message = "none", ""
-    with struck.cancel_driver:
+    with anyio.CancelScope() as scope:
+        struck.cancel_driver = scope.cancel
         try:
             await group.sync(2, deadline=seconds, validate=cell.phase == "verify")
         except SyncError as failure:
             error, message = type(failure).__name__, str(failure)
             assert failure.versions == group.versions()
 
-    if struck.cancel_driver.cancelled_caught:
+    if scope.cancelled_caught:
         error = "cancelled"
 
     if cell.error:
