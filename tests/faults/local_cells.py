@@ -18,7 +18,7 @@ from wavecast.runtime import ModelGroup, ParameterSyncGroup, Shard, SyncError, S
 from wavecast.runtime.transfer.messages import Request, decode, encode
 from wavecast.runtime.transfer.worker import overridden_hooks
 
-__all__ = ("DEADLINE_SECONDS", "FaultyActor", "LocalSides", "Outcome", "run_cell", "run_cells", "text_of")
+__all__ = ("DEADLINE_SECONDS", "FaultyActor", "LocalSides", "Outcome", "run_cell", "run_cells", "strike", "text_of")
 
 #: Of the sync that fails: some faults only end by it.
 DEADLINE_SECONDS = 1.5
@@ -87,6 +87,11 @@ class FaultyActor(LocalActor):
         self._runs = asyncio.Event()
         self._runs.set()
         self.on_request = self._arrived
+
+    def bury(self) -> None:
+        """End the threads of a dead actor, as its process' end does."""
+        for session in self.agent._sessions.values():
+            session.close()
 
     @property
     def stopped(self) -> bool:
@@ -221,7 +226,7 @@ async def run_cell(cell: Cell) -> Outcome:
         await group.sync(1, deadline=_LONG_SECONDS)
         sides.fill(2.0)
         struck.injector.arm(Fault(cell.fault, cell.phase))
-        error, message, seconds = await _failing(group, struck, cell)
+        error, message, seconds = await strike(group, struck, cell, 2)
         versions = group.versions()
         held = {"old": {1.0}, "new": {2.0}}
         mixed = tuple(
@@ -242,14 +247,17 @@ async def run_cell(cell: Cell) -> Outcome:
     return Outcome(error, seconds, tuple(text_of(version, 1) for version in versions.values()), mixed, healed, message)
 
 
-async def _failing(group: ParameterSyncGroup, struck: FaultyActor, cell: Cell) -> tuple[str, str, float]:
+async def strike(
+    group: ParameterSyncGroup, struck: FaultyActor, cell: Cell, version: int | None
+) -> tuple[str, str, float]:
+    """Let a sync fail as ``cell`` says, on an armed actor; return the error's class, its words and the seconds."""
     start = time.monotonic()
     seconds = DEADLINE_SECONDS if cell.fault in _WAITING else _LONG_SECONDS
     error, message = "none", ""
     with anyio.CancelScope() as scope:
         struck.cancel_driver = scope.cancel
         try:
-            await group.sync(2, deadline=seconds, validate=cell.phase == "verify")
+            await group.sync(version, deadline=seconds, validate=cell.phase == "verify")
         except SyncError as failure:
             error, message = type(failure).__name__, str(failure)
             assert failure.versions == group.versions()
