@@ -116,7 +116,9 @@ def _rows() -> Iterator[Row]:
         for phase in ("connect", *_WAVES):
             yield Row(fault, phase, "LayoutError", "LayoutError", "torn torn", "old old")
 
-    yield Row("shape", "verify", "ValidationError", "ValidationError", "torn torn", "old old", shadow_error="LayoutError")
+    yield Row(
+        "shape", "verify", "ValidationError", "ValidationError", "torn torn", "old old", shadow_error="LayoutError"
+    )
     yield Row("dtype", "verify", _PART_OVER, "LayoutError", "torn torn", "old old")
     for fault in ("shape", "dtype"):
         yield Row(fault, "vote", _PART_OVER, _ITS_OWN, "", "old old", shadow_error="LayoutError")

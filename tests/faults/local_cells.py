@@ -184,9 +184,7 @@ class LocalSides:
             release_communicators=reconnects,
             when_busy=when_busy,  # type: ignore[arg-type]
         )
-        return ParameterSyncGroup(
-            ModelGroup("policy", [self.trainers]), ModelGroup("rollout", self.replicas), options
-        )
+        return ParameterSyncGroup(ModelGroup("policy", [self.trainers]), ModelGroup("rollout", self.replicas), options)
 
     def fresh(self, actor: FaultyActor) -> FaultyActor:
         """Return a new actor for the place of ``actor``."""

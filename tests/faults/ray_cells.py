@@ -11,6 +11,7 @@ from typing import cast
 
 import anyio
 import pytest
+
 from tests.faults.cells import Cell
 from tests.faults.injection import Fault, FaultyAgent, Injector, faulty_session
 from tests.faults.local_cells import Outcome, text_of

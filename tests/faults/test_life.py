@@ -113,7 +113,9 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.dead is None)
     @rule(place=st.sampled_from([cell for cell in CELLS if cell.error and cell.fault in _QUICK]))
     def fail(self, place: Cell) -> None:
-        cell = next(cell for cell in CELLS if replace(place, staging=self.staging, error="", versions=()) == _bare(cell))
+        cell = next(
+            cell for cell in CELLS if replace(place, staging=self.staging, error="", versions=()) == _bare(cell)
+        )
         struck, version, value = self.sides.struck(cell.side), self.coming, self.train()
         struck.injector.arm(Fault(cell.fault, cell.phase))
         assert self.do(self._failing(struck, cell)) == cell.error

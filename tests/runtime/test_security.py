@@ -34,7 +34,9 @@ def test_the_rendezvous_listens_on_its_own_address_alone() -> None:
     listening = "0A"
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     rows += [line.split() for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
-    assert [row[1] for row in rows if row[3] == listening and row[1].endswith(f":{port:04X}")] == [f"0200007F:{port:04X}"]
+    assert [row[1] for row in rows if row[3] == listening and row[1].endswith(f":{port:04X}")] == [
+        f"0200007F:{port:04X}"
+    ]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
@@ -53,7 +55,9 @@ async def test_every_connection_has_an_unguessable_name_of_its_own(monkeypatch: 
 
     for actor in sides.actors:
         names += [request.connection for request in actor.asked if isinstance(request, Connect | HostStore)]
-        groups = {request.run.group for request in actor.asked if not isinstance(request, Status) if hasattr(request, "run")}
+        groups = {
+            request.run.group for request in actor.asked if not isinstance(request, Status) if hasattr(request, "run")
+        }
         assert len(groups) == 2
         assert all(re.fullmatch(r"[0-9a-f]{32}", name) for name in groups)
 
