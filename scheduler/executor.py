@@ -67,16 +67,10 @@ async def run(
     :raises ScheduleError: when a task of ``schedule`` comes after one that is in no earlier wave
     :raises ValueError: for a negative ``lookahead`` or an ``in_flight`` below 1
     """
-    if lookahead is not None and lookahead < 0:
-        raise ValueError(f"lookahead is {lookahead}: it must be None, or 0 or more waves")
-
-    if in_flight < 1:
-        raise ValueError(f"in_flight is {in_flight}: it must be 1 or more tasks")
-
+    state = ReleaseState(schedule.order, lookahead=lookahead, in_flight=in_flight)
     if not schedule.tasks:
         return RunReport(0.0, tuple(WaveReceipt(index, ()) for index in range(len(schedule.waves))))
 
-    state = ReleaseState(schedule.order, lookahead=lookahead, in_flight=in_flight)
     execution = _Execution(schedule, state, dispatch, in_flight, on_receipt, task_seconds)
     return await execution.run(deadline, abort, abort_seconds)
 
@@ -189,7 +183,8 @@ class _Execution:
         self._active[position] = anyio.current_time()
         try:
             self._unawaited[position] = self._dispatch(self._tasks[position])
-        except Exception as exc:
+        except (Exception, anyio.get_cancelled_exc_class()) as exc:
+            # Nothing is awaited here: what is cancelled is something the dispatch looked into, never the caller.
             self._fail(position, exc)
             return False
 
@@ -274,11 +269,11 @@ class _Execution:
 
     def _error(self, deadline: float | None, abort_error: Exception | None) -> Exception:
         receipts = tuple(receipt for receipt in self._receipts if receipt is not None)
-        if self._failed is None:
+        if self._failed is None and deadline is not None:
             unfinished = tuple(t for t, r in zip(self._tasks, self._receipts, strict=True) if r is None)
             return RunTimeout(
                 f"{len(unfinished)} of {len(self._tasks)} tasks were not finished after {deadline:g} s",
-                deadline=deadline or 0.0,
+                deadline=deadline,
                 unfinished=unfinished,
                 receipts=receipts,
                 others=tuple(exc for _, exc in self._failures),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from wavecast.scheduler.cost import TaskCost
+from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.release import ReleaseState
 from wavecast.scheduler.schedule import Schedule
 
@@ -44,6 +45,8 @@ def simulate(
     :param barrier: no task starts before the wave before it is over; the same as ``lookahead=0``
     :param lookahead: waves past the oldest unfinished one that may start
     :param in_flight: unfinished tasks an actor may have
+    :raises ValueError: for a negative ``lookahead`` or an ``in_flight`` below 1
+    :raises ScheduleError: when tasks are left that nothing sets free
     """
     tasks = schedule.tasks
     state = ReleaseState(schedule.order, lookahead=0 if barrier else lookahead, in_flight=in_flight)
@@ -68,6 +71,9 @@ def simulate(
     while running:
         now, last = heappop(running)
         begin(state.finish(last), now, last)
+
+    if state.unfinished:
+        raise ScheduleError(f"{state.unfinished} of {len(tasks)} tasks are never set free")
 
     path: list[int] = []
     while last >= 0:
