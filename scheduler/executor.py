@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 import anyio
 from anyio.lowlevel import checkpoint
 
-from wavecast.scheduler.errors import RunTimeout, TaskFailed, TaskTimeout
+from wavecast.scheduler.errors import RunTimeout, ScheduleError, TaskFailed, TaskTimeout
 from wavecast.scheduler.pacing import TimeSlice
 from wavecast.scheduler.receipt import RunReport, TaskReceipt, WaveReceipt
 from wavecast.scheduler.release import ReleaseState
@@ -64,9 +64,15 @@ async def run(
     :raises TaskFailed: when a dispatch failed; the failure is its cause, and later ones are kept beside it
     :raises TaskTimeout: when a task took longer than ``task_seconds``
     :raises RunTimeout: when the deadline passed
-    :raises ScheduleError: when a task of ``schedule`` comes after one that is in no earlier wave
-    :raises ValueError: for a negative ``lookahead`` or an ``in_flight`` below 1
+    :raises ScheduleError: when a task of ``schedule`` has no sender or receiver, or comes after one that is in no
+        earlier wave
+    :raises ValueError: for a negative ``lookahead``, an ``in_flight`` below 1, and for a ``deadline`` or
+        ``abort_seconds`` that is no number
     """
+    for name, seconds in (("deadline", deadline), ("abort_seconds", abort_seconds)):
+        if seconds is not None and not (isinstance(seconds, (int, float)) and seconds == seconds):
+            raise ValueError(f"{name} is {seconds!r}: it must be a number of seconds")
+
     state = ReleaseState(schedule.order, lookahead=lookahead, in_flight=in_flight)
     if not schedule.tasks:
         return RunReport(0.0, tuple(WaveReceipt(index, ()) for index in range(len(schedule.waves))))
@@ -184,7 +190,7 @@ class _Execution:
         try:
             self._unawaited[position] = self._dispatch(self._tasks[position])
         except (Exception, anyio.get_cancelled_exc_class()) as exc:
-            # Nothing is awaited here: what is cancelled is something the dispatch looked into, never the caller.
+            # A plain call awaits nothing: a cancellation out of it is not ours nor the caller's, but its own failure.
             self._fail(position, exc)
             return False
 
@@ -269,7 +275,11 @@ class _Execution:
 
     def _error(self, deadline: float | None, abort_error: Exception | None) -> Exception:
         receipts = tuple(receipt for receipt in self._receipts if receipt is not None)
-        if self._failed is None and deadline is not None:
+        if self._failed is None:
+            if deadline is None:
+                # Nothing failed and nothing was due: what is left waits for itself.
+                return ScheduleError(f"{self._state.unfinished} of {len(self._tasks)} tasks were never set free")
+
             unfinished = tuple(t for t, r in zip(self._tasks, self._receipts, strict=True) if r is None)
             return RunTimeout(
                 f"{len(unfinished)} of {len(self._tasks)} tasks were not finished after {deadline:g} s",

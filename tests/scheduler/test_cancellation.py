@@ -194,3 +194,28 @@ async def test_a_plain_asyncio_cancel_aborts_too() -> None:
 
     assert len(actors.aborts) == 1
     assert not actors.running
+
+
+@pytest.mark.parametrize("deadline", [None, 60.0])
+@pytest.mark.parametrize("failing", [0, 2])
+async def test_a_dispatch_that_raises_a_cancellation_of_its_own_fails_its_task(
+    anyio_backend_name: str, deadline: float | None, failing: int
+) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio's cancellations cannot be raised by hand")
+
+    actors = Actors()
+
+    def dispatch(task: Task) -> Awaitable[None]:
+        if task.id == failing:
+            raise asyncio.CancelledError("somebody else's future")
+
+        return actors.dispatch(task)
+
+    with pytest.raises(TaskFailed, match=f"task {failing} of wave .* failed: CancelledError") as caught:
+        await run(plan_waves(TASKS), dispatch, abort=actors.abort, deadline=deadline)
+
+    assert caught.value.task.id == failing
+    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+    assert not actors.running
+    assert [ids[0] for ids in actors.aborts] == [failing]
