@@ -11,6 +11,7 @@ import torch
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.layout.sharing import find_sharing
 from wavecast.runtime.naming import Renames
 from wavecast.runtime.transfer.program import Cut
 from wavecast.runtime.transfer.segments import Strided
@@ -197,7 +198,8 @@ def _common_device(shards: Sequence[Shard]) -> torch.device:
 
 def _signature(shards: Sequence[Shard]) -> tuple[object, ...]:
     """Sum up what the shards are: equal signatures mean that the layout is what it was."""
-    return tuple(
+    sharing = find_sharing(shard.view if isinstance(shard.view, torch.Tensor) else None for shard in shards)
+    return sharing, tuple(
         (
             shard.name,
             shard.offset,
