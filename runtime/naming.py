@@ -60,7 +60,7 @@ def name_layouts(
     :raises LayoutError: when a destination's tensor is to be two logical tensors at once, or its memory is: views that
         overlap without being one tensor's; when a source holds a box twice, in different memory; and for aliases of
         which the sources hold several and the destinations others, or fewer: which one is meant cannot be known
-    :raises ConfigError: when a name map gives something else than names
+    :raises ConfigError: when a name map raises, or gives something else than names
     """
     from_source, from_destination = _lookup(source_names), _one_each(_lookup(destination_names))
     if not source_copies:
@@ -90,7 +90,11 @@ def _lookup(names: NameMap | None) -> _Lookup:
 
     def look_up(own: str) -> tuple[str, ...]:
         if own not in known:
-            found = map_name(names, own)
+            try:
+                found = map_name(names, own)
+            except Exception as error:
+                raise ConfigError(f"names= raised {type(error).__name__} for {own!r}: {error}") from error
+
             if not all(isinstance(name, str) for name in found):
                 raise ConfigError(f"names= gives {found!r} for {own!r}; it must give a name, several, or None")
 

@@ -81,7 +81,8 @@ class Memory:
         """
         Return what holds ``cut``: the view it was received into last, if it was.
 
-        Otherwise of the first shard that has all of it; a computed one works it out now.
+        Otherwise of the first shard that has all of it, those in the cut's dtype before wider ones and those before
+        others; a computed one works it out now.
         """
         written = self._written.get(cut)
         if written is not None:
@@ -125,6 +126,11 @@ class Memory:
                 "the actor's layout is not the one that was planned",
                 tensor=cut.tensor,
             )
+
+        if len(shards) > 1:
+            # As the plan chose among actors: the dtype that travels, else the widest.
+            wanted = dtype_of(cut.dtype)
+            shards.sort(key=lambda shard: (shard.view.dtype != wanted, -shard.view.dtype.itemsize))
 
         return shards
 
