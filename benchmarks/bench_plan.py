@@ -28,10 +28,10 @@ from typing import TypeVar
 from wavecast.runtime.layout.hf import layouts
 from wavecast.runtime.layout.mesh import MeshSpec
 from wavecast.runtime.plan.reshard import plan_reshard
-from wavecast.runtime.plan.tasks import build_tasks, group_routes
+from wavecast.runtime.plan.tasks import group_routes
+from wavecast.runtime.plan.timetable import make_timetable
 from wavecast.runtime.presets import preset
 from wavecast.runtime.transfer.program import compile_programs, pack_programs
-from wavecast.scheduler import plan_waves
 
 _T = TypeVar("_T")
 
@@ -107,9 +107,8 @@ def measure(case: Case) -> dict[str, object]:
     )
     described_nbytes = peak_nbytes()
     plan = _timed(seconds, "reshard", lambda: plan_reshard(src, dst * case.replicas))
-    tasks = _timed(seconds, "tasks", lambda: build_tasks(plan))
-    schedule = _timed(seconds, "schedule", lambda: plan_waves(tasks))
-    planning = seconds["reshard"] + seconds["tasks"] + seconds["schedule"]
+    schedule = _timed(seconds, "schedule", lambda: make_timetable(plan))
+    planning = seconds["reshard"] + seconds["schedule"]
     peak = peak_nbytes()
     packed = _timed(
         seconds,
@@ -126,7 +125,7 @@ def measure(case: Case) -> dict[str, object]:
         "pieces": plan.pieces,
         "routes": len(plan.routes),
         "groups": len(group_routes(plan.routes)),
-        "tasks": len(tasks),
+        "tasks": sum(len(wave.tasks) for wave in schedule.waves),
         "waves": len(schedule.waves),
         "gap": round(schedule.gap, 4),
         "nbytes": plan.nbytes,
@@ -202,7 +201,6 @@ def table(environment: dict[str, object], results: dict[str, dict[str, object]])
         "waves",
         "describe",
         "reshard",
-        "tasks",
         "schedule",
         "programs",
         "us/route",
@@ -215,7 +213,7 @@ def table(environment: dict[str, object], results: dict[str, dict[str, object]])
             (
                 name,
                 *(f"{result[key]:,}" for key in ("actors", "pieces", "routes", "tasks", "waves")),
-                *(f"{seconds[phase]:.3f}" for phase in ("describe", "reshard", "tasks", "schedule", "programs")),
+                *(f"{seconds[phase]:.3f}" for phase in ("describe", "reshard", "schedule", "programs")),
                 f"{result['planning_microseconds_a_route']:.2f}",
                 f"{int(str(result['peak_nbytes'])) >> 20}",
                 f"{int(str(result['program_nbytes'])) >> 10}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from wavecast.runtime.layout.hf import layouts
 from wavecast.runtime.layout.mesh import MeshSpec
 from wavecast.runtime.plan.reshard import plan_reshard
-from wavecast.runtime.plan.tasks import build_tasks
+from wavecast.runtime.plan.timetable import make_timetable
 from wavecast.runtime.presets import preset
 from wavecast.scheduler import LinkCost, PortModel, Schedule, Task, Wave, fan_out, plan_divisible, plan_waves
 
@@ -41,7 +41,8 @@ def reshard(name: str, src: str, dst: str, replicas: int = 1) -> Callable[[], tu
     def build() -> tuple[Task, ...]:
         config = preset(name)
         plan = plan_reshard(layouts(config, MeshSpec.parse(src)), layouts(config, MeshSpec.parse(dst)) * replicas)
-        return tuple(replace(task, payload=None) for task in build_tasks(plan))
+        tasks = (task for wave in make_timetable(plan).waves for task in wave.tasks)
+        return tuple(replace(task, payload=None) for task in sorted(tasks, key=lambda task: task.id))
 
     return build
 

@@ -494,6 +494,7 @@ class SyncRun:
                     source_names=known.names[0],
                     destination_names=known.names[1],
                     aliases=self._options.aliases,
+                    source_copies=self.request.from_peer,
                 )
             )
             known.naming = (key, naming)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.sharing import NOT_SHARED, Sharing, find_sharing
 
 if TYPE_CHECKING:
     import torch
@@ -104,16 +105,19 @@ class Layout:
     :ivar place: where, if known: the planner prefers near senders
     :ivar frozen: names of the tensors held of which no shard is trainable, in the order of the pieces
     :ivar computed: names of the tensors held of which some shard is worked out as it is sent
+    :ivar sharing: which pieces lie on the same memory, by their position in :attr:`pieces`
     """
 
     pieces: tuple[Piece, ...]
     place: Place | None = None
     frozen: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
+    sharing: Sharing = NOT_SHARED
 
 
 def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
-    """Return the layout of ``shards``: names, boxes, dtypes, what is frozen, what is computed, but no memory."""
+    """Return the layout of ``shards``: names, boxes, dtypes, what is frozen, computed or shared, but no memory."""
+    shards = list(shards)
     pieces: list[Piece] = []
     frozen: dict[str, None] = {}
     computed: dict[str, None] = {}
@@ -128,7 +132,8 @@ def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
         if isinstance(shard.view, Computed):
             computed[shard.name] = None
 
-    return Layout(tuple(pieces), place, tuple(name for name in frozen if name not in trained), tuple(computed))
+    sharing = find_sharing(None if isinstance(shard.view, Computed) else shard.view for shard in shards)
+    return Layout(tuple(pieces), place, tuple(name for name in frozen if name not in trained), tuple(computed), sharing)
 
 
 def _check_fit(name: str, offset: tuple[int, ...], extent: tuple[int, ...], shape: tuple[int, ...]) -> None:

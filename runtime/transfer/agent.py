@@ -514,7 +514,7 @@ def _digest(layout: Layout) -> str:
     for piece in layout.pieces:
         summary.update(repr(piece).encode())
 
-    summary.update(repr((layout.frozen, layout.computed)).encode())
+    summary.update(repr((layout.frozen, layout.computed, layout.sharing)).encode())
     return summary.hexdigest()
 
 

@@ -11,6 +11,7 @@ import torch
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.layout.sharing import find_sharing
 from wavecast.runtime.naming import Renames
 from wavecast.runtime.transfer.program import Cut
 from wavecast.runtime.transfer.segments import Strided
@@ -101,7 +102,8 @@ class Memory:
         """
         Return what holds ``cut``: the view it was received into last, if it was.
 
-        Otherwise of the first shard that has all of it; a computed one works it out now.
+        Otherwise of the first shard that has all of it, those in the cut's dtype before wider ones and those before
+        others; a computed one works it out now.
         """
         written = self._written.get(cut)
         if written is not None:
@@ -145,6 +147,11 @@ class Memory:
                 "the actor's layout is not the one that was planned",
                 tensor=cut.tensor,
             )
+
+        if len(shards) > 1:
+            # As the plan chose among actors: the dtype that travels, else the widest.
+            wanted = dtype_of(cut.dtype)
+            shards.sort(key=lambda shard: (shard.view.dtype != wanted, -shard.view.dtype.itemsize))
 
         return shards
 
@@ -218,7 +225,8 @@ def _common_device(shards: Sequence[Shard]) -> torch.device:
 
 def _signature(shards: Sequence[Shard]) -> tuple[object, ...]:
     """Sum up what the shards are: equal signatures mean that the layout is what it was."""
-    return tuple(
+    sharing = find_sharing(shard.view if isinstance(shard.view, torch.Tensor) else None for shard in shards)
+    return sharing, tuple(
         (
             shard.name,
             shard.offset,

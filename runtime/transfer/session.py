@@ -229,9 +229,13 @@ class Session:
 
         Nothing rings for memory that is not, or no longer, where the others believe it to be.
         """
-        if self._bell is not None and run.memory is self._exported and run.ready is not None:
+        if self._bell is None or run.memory is not self._exported:
+            return
+
+        if run.ready is not None:
             torch.cuda.current_stream(run.memory.device).wait_event(run.ready)
-            self._bell.fill_(run.name.serial)
+
+        self._bell.fill_(run.name.serial)
 
     def attach(self, name: RunId, found: Mapping[int, Addresses]) -> None:
         """Map what this actor pulls from, and work out all that is pulled. On the lane."""

@@ -1,0 +1,106 @@
+"""What ``only=`` picks, what is refused of it, and what no cast may do on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.runtime.local_actors import local
+from tests.runtime.local_groups import held, sync
+from wavecast.runtime import ConfigError, LayoutError, Shard, SyncOptions
+from wavecast.runtime.layout import fp8
+from wavecast.runtime.preparation import Only
+
+__all__ = ("local",)
+
+pytestmark = pytest.mark.usefixtures("local")
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WEIGHT = "q_proj.weight"
+SCALE = WEIGHT + fp8.SCALE
+
+
+def pair(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, list[Shard]]:
+    weight, scale = torch.zeros(256, 256, dtype=torch.float8_e4m3fn), torch.ones(2, 2).to(dtype)
+    return weight, scale, [held(WEIGHT, weight), held(SCALE, scale)]
+
+
+def restored(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return weight.float() * scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+
+
+@pytest.mark.parametrize("picked", [EMBED, HEAD])
+def test_a_predicate_is_asked_about_aliases_too(picked: str) -> None:
+    embed, head = torch.zeros(4), torch.zeros(4)
+    sync(
+        [[held(EMBED, torch.ones(4))]],
+        [[held(EMBED, embed), held(HEAD, head)]],
+        options=SyncOptions(aliases=[(EMBED, HEAD)]),
+        only=lambda name: name == picked,
+    )
+    assert (embed.tolist(), head.tolist()) == ([1] * 4, [1] * 4)
+
+
+@pytest.mark.parametrize("picked", [{WEIGHT}, {SCALE}, lambda name: name == WEIGHT], ids=["weight", "scale", "asked"])
+def test_a_weight_and_its_scales_are_picked_together(picked: Only) -> None:
+    weight, scale, engine = pair()
+    original = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+    report = sync([fp8.quantised([held(WEIGHT, original)])], [engine], only=picked)
+    assert report.tensors == 2
+    torch.testing.assert_close(restored(weight, scale), original, atol=0.02, rtol=0.0625)
+
+
+def test_scales_are_not_rounded_to_powers_of_two_on_the_way() -> None:
+    _, scale, engine = pair(torch.float8_e8m0fnu)
+    with pytest.raises(LayoutError, match=r"float32 .* is not cast to float8_e8m0fnu"):
+        sync([fp8.quantised([held(WEIGHT, torch.ones(256, 256))])], [engine])
+
+    assert scale.float().unique().tolist() == [1]
+
+
+def test_scales_that_are_powers_of_two_divide_the_weights_by_themselves() -> None:
+    weight, scale, engine = pair()
+    original = torch.randn(256, 256, generator=torch.Generator().manual_seed(2))
+    original[:128, :128] = 0
+    original[:128, 128:] *= 448 / original[:128, 128:].abs().max()
+    sync([fp8.quantised([held(WEIGHT, original)], power_of_two=True)], [engine])
+    mantissa, _ = torch.frexp(scale)
+    assert mantissa.unique().tolist() == [0.5]
+    assert scale[0].tolist() == [1, 1]
+    assert bool((weight.float().abs() <= 448).all())
+    torch.testing.assert_close(restored(weight, scale), original, atol=0.02, rtol=0.0625)
+
+
+def test_a_plain_cast_to_float8_is_refused_with_advice() -> None:
+    weight = torch.zeros(4, 4, dtype=torch.float8_e4m3fn)
+    with pytest.raises(LayoutError, match=r"quantise at the source, by fp8\.quantised"):
+        sync([[held("w", torch.full((4, 4), 1000.0))]], [[held("w", weight)]])
+
+
+@pytest.mark.parametrize("exact_first", [True, False])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float64, torch.bfloat16])
+def test_sources_of_several_dtypes_send_what_is_nearest_to_the_destinations(
+    wanted: torch.dtype, exact_first: bool
+) -> None:
+    exact = torch.full((512, 64), 1.001)
+    memory = torch.zeros(512, 64, dtype=wanted)
+    sources = [[held("w", exact)], [held("w", exact.bfloat16())]]
+    sync(sources if exact_first else sources[::-1], [[held("w", memory)]])
+    rounded = exact.bfloat16() if wanted == torch.bfloat16 else exact
+    assert torch.equal(memory, rounded.to(wanted))
+
+
+@pytest.mark.parametrize("only", [3, {3}, lambda name: 1 / 0], ids=["number", "numbers", "raises"])
+def test_a_selection_that_is_none_is_a_config_error(only: Only) -> None:
+    with pytest.raises(ConfigError, match="only="):
+        sync([[held("w", torch.ones(4))]], [[held("w", torch.zeros(4))]], only=only)
+
+
+def test_a_name_map_that_raises_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="names= raised KeyError for 'w'"):
+        sync([[held("w", torch.ones(4))]], [[held("w", torch.zeros(4))]], source_names=lambda name: {}[name])
+
+
+def test_a_name_map_that_gives_a_number_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="names="):
+        sync([[held("w", torch.ones(4))]], [[held("w", torch.zeros(4))]], source_names=lambda name: 3)  # type: ignore[arg-type, return-value]
