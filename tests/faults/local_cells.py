@@ -1,4 +1,4 @@
-"""Cells of the matrix run in one process: whole groups on actors that are threads, with no waiting but the deadlines'."""
+"""Cells of the matrix run in one process: whole groups on actors that are threads; nothing waits but for deadlines."""
 
 from __future__ import annotations
 
@@ -258,7 +258,8 @@ async def strike(
             await group.sync(version, deadline=seconds, validate=cell.phase == "verify")
         except SyncError as failure:
             error, message = type(failure).__name__, str(failure)
-            assert failure.versions == group.versions()
+            if failure.versions != group.versions():
+                message = error = f"the error says {failure.versions}, the group {group.versions()}"
 
     if scope.cancelled_caught:
         error = "cancelled"

@@ -57,9 +57,11 @@ async def test_live_weights_that_were_replaced_meanwhile_are_no_reason_to_tear_a
         await group.sync(1)
         held = holder(stage.replicas[0][0])
 
+        first = held.matrix.data
+
         def replace(request: Request) -> None:
             if isinstance(request, RunStep):
-                held.matrix.data = held.matrix.clone()
+                held.matrix.data = first.clone()
 
         stage.replicas[0][0].on_request = replace
         with pytest.raises(LayoutError, match=r"'matrix' was changed during the sync: .*shape \(2, 96\)") as caught:
