@@ -5,8 +5,8 @@ Sync after sync, every third with a random fault of the fault matrix: does anyth
     python benchmarks/soak.py --syncs 2000 --json
 
 Whole groups in one process, actors as threads, so that all that leaks is seen here: memory, file descriptors,
-threads, process groups of torch's, shared memory segments. Faults that only a deadline ends are left out for time; killed
-actors are replaced by new ones.
+threads, process groups of torch's, shared memory segments. Faults that only a deadline ends are left out for time;
+killed actors are replaced by new ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fault matrix: what becomes of a sync, for every fault at every place. One table, read by tests and by the docs."""
+"""The fault matrix: what becomes of a sync, for every fault at every place. One table, for tests and docs."""
 
 from __future__ import annotations
 
