@@ -25,7 +25,7 @@ class Computed:
     :ivar dtype: of its elements
     :ivar device: where :attr:`read` returns them
     :ivar read: returns the elements of a box, offsets counted from the view's own first element, as a tensor of that
-        shape, dtype and device; called on the transfer's thread, with the transfer's stream current
+        shape, dtype and device, which is checked; called on the transfer's thread, with the transfer's stream current
     """
 
     shape: tuple[int, ...]

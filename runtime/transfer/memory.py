@@ -91,7 +91,7 @@ class Memory:
         shard = self._holders(cut)[0]
         if isinstance(shard.view, Computed):
             start = tuple(a - b for a, b in zip(cut.offset, shard.offset, strict=True))
-            return shard.view.read(Box(start, cut.extent))
+            return _require_promised(shard.view.read(Box(start, cut.extent)), shard.view, cut)
 
         return _narrow(shard.view, shard.offset, cut)
 
@@ -184,6 +184,21 @@ def _by_name(shards: Sequence[Shard], names: Mapping[str, tuple[str, ...]]) -> d
             found.setdefault(name, []).append(shard)
 
     return found
+
+
+def _require_promised(found: object, computed: Computed, cut: Cut) -> torch.Tensor:
+    """Refuse what a user's ``read`` returned if it is not what its shard has said: a cast would hide it."""
+    if not isinstance(found, torch.Tensor):
+        given = type(found).__name__
+    elif tuple(found.shape) != cut.extent or found.dtype != computed.dtype:
+        given = f"{tuple(found.shape)} in {found.dtype}"
+    else:
+        return found
+
+    raise LayoutError(
+        f"the computed shard of {cut.tensor!r} returned {given} where {cut.extent} in {computed.dtype} was asked for",
+        tensor=cut.tensor,
+    )
 
 
 def _narrow(view: torch.Tensor, offset: tuple[int, ...], cut: Cut) -> torch.Tensor:
