@@ -174,3 +174,30 @@ def test_a_name_map_that_raises_is_a_config_error() -> None:
 def test_a_name_map_that_gives_a_number_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="names="):
         sync([[held("w", torch.ones(4))]], [[held("w", torch.zeros(4))]], source_names=lambda name: 3)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("view", "why"),
+    [
+        (torch.zeros(4, device="meta"), "meta device"),
+        (torch.zeros(1).expand(4), "expanded"),
+        (torch.zeros(4, dtype=torch.complex64).conj(), "conjugated"),
+    ],
+)
+def test_a_view_without_plain_memory_is_refused(view: torch.Tensor, why: str) -> None:
+    with pytest.raises(LayoutError, match=f"the view of 'w' .*{why}"):
+        sync([[held("w", torch.zeros(4, dtype=view.dtype))]], [[held("w", view)]])
+
+
+@pytest.mark.parametrize(
+    ("name", "view", "offset", "why"),
+    [
+        (3, torch.ones(3), (0,), "name is 3"),
+        ("w", "tensor", (0,), "type str"),
+        ("w", torch.ones(3), (0.5,), "must be integers"),
+        ("w", torch.ones(3), 0, "must be integers"),
+    ],
+)
+def test_a_shard_of_other_types_is_a_layout_error(name: str, view: torch.Tensor, offset: tuple[int], why: str) -> None:
+    with pytest.raises(LayoutError, match=why):
+        Shard(name, view, offset, (4,))
