@@ -32,13 +32,13 @@ class LinkCost:
     branching: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.alpha_seconds < 0:
+        if not self.alpha_seconds >= 0:
             raise ValueError(f"alpha_seconds is {self.alpha_seconds}: it must be 0 or more")
 
-        if self.nbytes_per_second <= 0:
+        if not self.nbytes_per_second > 0:
             raise ValueError(f"nbytes_per_second is {self.nbytes_per_second}: it must be more than 0")
 
-        if self.branching < 0:
+        if not self.branching >= 0:
             raise ValueError(f"branching is {self.branching}: it must be 0 or more")
 
     def seconds(self, nbytes: float, *, receivers: int = 1) -> float:
@@ -55,5 +55,10 @@ class LinkCost:
 
         :param factor: times the cost
         :param least_seconds: but not less than this
+        :raises ValueError: for a factor or seconds that are no number from 0
         """
+        for name, value in (("factor", factor), ("least_seconds", least_seconds)):
+            if not value >= 0:
+                raise ValueError(f"{name} is {value}: it must be 0 or more")
+
         return lambda task: max(least_seconds, factor * self(task))

@@ -13,7 +13,7 @@ from wavecast.scheduler.leveling import level_rounds
 from wavecast.scheduler.openshop import open_shop
 from wavecast.scheduler.ports import PortModel, TaskGraph, build_graph
 from wavecast.scheduler.relaxation import relax
-from wavecast.scheduler.schedule import Schedule, gather, plan_waves
+from wavecast.scheduler.schedule import Schedule, check_strategy, gather, plan_waves
 from wavecast.scheduler.task import Task
 
 __all__ = ("chunk_sizes", "Cut", "Division", "plan_divisible", "plan_preemptive")
@@ -109,9 +109,16 @@ def plan_divisible(
     :param max_gap: the gap to reach, 1 or more
     :param min_chunk_bytes: no piece is smaller, but for the last one of a task
     :param cost: of a task, to weigh the start-ups of more waves against shorter ones
+    :raises ValueError: for a ``max_gap`` below 1 or a ``min_chunk_bytes`` below 1
     :raises ScheduleError: as :func:`~wavecast.scheduler.plan_waves` does
+    :raises ValueError: for a ``max_gap`` below 1 or a ``min_chunk_bytes`` below 1
     """
+    if not max_gap >= 1:
+        raise ValueError(f"max_gap is {max_gap}: it must be 1 or more")
+
+    _check_unit(min_chunk_bytes)
     tasks = tuple(tasks)
+    check_strategy(strategy)
     graph = build_graph(tasks, ports)
     search = _Search(tasks, graph, ports, min_chunk_bytes, cost, max_gap)
     if graph.after or is_bipartite(graph):
@@ -229,8 +236,11 @@ def plan_preemptive(tasks: Iterable[Task], *, ports: PortModel = "half", min_chu
 
     :param min_chunk_bytes: every task counts as a whole number of these, and is cut nowhere else; with more than 1 the
         bytes of the busiest port are exceeded by less than this for each of its tasks
+    :raises ValueError: for a ``min_chunk_bytes`` below 1
     :raises ScheduleError: when the tasks are not such, and as :func:`~wavecast.scheduler.plan_waves` does
+    :raises ValueError: for a ``min_chunk_bytes`` below 1
     """
+    _check_unit(min_chunk_bytes)
     tasks = tuple(tasks)
     graph = build_graph(tasks, ports)
     if graph.after or not is_bipartite(graph):
@@ -241,6 +251,11 @@ def plan_preemptive(tasks: Iterable[Task], *, ports: PortModel = "half", min_chu
     units = [-(-nbytes // min_chunk_bytes) for nbytes in graph.nbytes]
     rounds = open_shop(graph.ports, units, n_ports=graph.n_ports)
     return _pieces(tasks, graph, rounds, min_chunk_bytes, ports, "preemptive")
+
+
+def _check_unit(min_chunk_bytes: int) -> None:
+    if not (isinstance(min_chunk_bytes, int) and min_chunk_bytes >= 1):
+        raise ValueError(f"min_chunk_bytes is {min_chunk_bytes!r}: it must be a whole number of bytes from 1")
 
 
 def _pieces(

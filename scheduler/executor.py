@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 import anyio
 from anyio.lowlevel import checkpoint
 
-from wavecast.scheduler.errors import RunTimeout, TaskFailed, TaskTimeout
+from wavecast.scheduler.errors import RunTimeout, ScheduleError, TaskFailed, TaskTimeout
 from wavecast.scheduler.pacing import TimeSlice
 from wavecast.scheduler.receipt import RunReport, TaskReceipt, WaveReceipt
 from wavecast.scheduler.release import ReleaseState
@@ -64,19 +64,19 @@ async def run(
     :raises TaskFailed: when a dispatch failed; the failure is its cause, and later ones are kept beside it
     :raises TaskTimeout: when a task took longer than ``task_seconds``
     :raises RunTimeout: when the deadline passed
-    :raises ScheduleError: when a task of ``schedule`` comes after one that is in no earlier wave
-    :raises ValueError: for a negative ``lookahead`` or an ``in_flight`` below 1
+    :raises ScheduleError: when a task of ``schedule`` has no sender or receiver, or comes after one that is in no
+        earlier wave
+    :raises ValueError: for a negative ``lookahead``, an ``in_flight`` below 1, and for a ``deadline`` or
+        ``abort_seconds`` that is no number
     """
-    if lookahead is not None and lookahead < 0:
-        raise ValueError(f"lookahead is {lookahead}: it must be None, or 0 or more waves")
+    for name, seconds in (("deadline", deadline), ("abort_seconds", abort_seconds)):
+        if seconds is not None and not (isinstance(seconds, (int, float)) and seconds == seconds):
+            raise ValueError(f"{name} is {seconds!r}: it must be a number of seconds")
 
-    if in_flight < 1:
-        raise ValueError(f"in_flight is {in_flight}: it must be 1 or more tasks")
-
+    state = ReleaseState(schedule.order, lookahead=lookahead, in_flight=in_flight)
     if not schedule.tasks:
         return RunReport(0.0, tuple(WaveReceipt(index, ()) for index in range(len(schedule.waves))))
 
-    state = ReleaseState(schedule.order, lookahead=lookahead, in_flight=in_flight)
     execution = _Execution(schedule, state, dispatch, in_flight, on_receipt, task_seconds)
     return await execution.run(deadline, abort, abort_seconds)
 
@@ -189,7 +189,8 @@ class _Execution:
         self._active[position] = anyio.current_time()
         try:
             self._unawaited[position] = self._dispatch(self._tasks[position])
-        except Exception as exc:
+        except (Exception, anyio.get_cancelled_exc_class()) as exc:
+            # A plain call awaits nothing: a cancellation out of it is not ours nor the caller's, but its own failure.
             self._fail(position, exc)
             return False
 
@@ -275,10 +276,14 @@ class _Execution:
     def _error(self, deadline: float | None, abort_error: Exception | None) -> Exception:
         receipts = tuple(receipt for receipt in self._receipts if receipt is not None)
         if self._failed is None:
+            if deadline is None:
+                # Nothing failed and nothing was due: what is left waits for itself.
+                return ScheduleError(f"{self._state.unfinished} of {len(self._tasks)} tasks were never set free")
+
             unfinished = tuple(t for t, r in zip(self._tasks, self._receipts, strict=True) if r is None)
             return RunTimeout(
                 f"{len(unfinished)} of {len(self._tasks)} tasks were not finished after {deadline:g} s",
-                deadline=deadline or 0.0,
+                deadline=deadline,
                 unfinished=unfinished,
                 receipts=receipts,
                 others=tuple(exc for _, exc in self._failures),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from wavecast.scheduler.circulant import receive_blocks, skips
 from wavecast.scheduler.coloring import first_fit
 from wavecast.scheduler.cost import LinkCost
 from wavecast.scheduler.errors import ScheduleError
@@ -39,14 +40,15 @@ def fan_out(
     tasks: Iterable[Task], *, ports: PortModel = "full", cost: LinkCost | None = None, method: FanOut = "auto"
 ) -> tuple[Task, ...]:
     """
-    Rewrite tasks of one sender and several receivers into relays, where that is faster.
+    Rewrite tasks of one sender and several receivers into relays: where that is faster, or as ``method`` says.
 
     Tasks with the same sender and receivers are the chunks of one stream: while a receiver passes a chunk on, it gets
     the next one. A rewritten task becomes one task for each receiver, with the same bytes and payload, that comes after
     the task which brought the bytes to its sender. Tasks of several senders or one receiver stay as they are.
 
     Rewritten tasks get ids after the highest one given; a task that came after a rewritten one comes after all it
-    became. First fit keeps to the rounds of the relay: a stream alone takes no more waves than the relay has rounds.
+    became. In the full model first fit keeps to the rounds of the relay: a stream alone takes no more waves than the
+    relay has rounds. In the half model a node that passes on cannot receive meanwhile, and there are more.
 
     :param cost: of a link; with its ``branching`` at 0 a broadcast is never slower
     :param method: how; ``auto`` compares the broadcast with the tree (in the half model, with the chain too)
@@ -93,74 +95,41 @@ def chain_hops(receivers: int, chunks: int) -> tuple[Hop, ...]:
 
 def tree_hops(receivers: int, chunks: int) -> tuple[Hop, ...]:
     """
-    Return a relay in ``chunks + ceil(log2(receivers + 1)) - 1`` rounds or one more, in the full model.
+    Return a relay in ``chunks + ceil(log2(receivers + 1)) - 1`` rounds, in the full model: as few as there can be.
 
-    The first is a lower bound: the last chunk leaves the source in round ``chunks`` at the earliest, and the holders of
-    a chunk at most double in a round. Nodes stand in a circle, as in Traff's broadcast (2022): in a round every node
-    sends to the one at the same distance ahead, and distances take turns, the longest first. The source sends a new
-    chunk every round, the others the newest chunk that their receiver lacks. Several sets of distances are tried; for
-    all up to 128 receivers and 64 chunks one of them keeps to the rounds above (seen by trying them all).
+    The last chunk leaves the source in round ``chunks`` at the earliest, and the holders of a chunk at most double in a
+    round. That this is reached for any number of receivers and chunks is Traff's theorem (2022): nodes stand in a
+    circle, in a round every node sends to the one at the same distance ahead, and distances take turns, so that blocks
+    follow each other through trees that share no edge in any round (:mod:`~wavecast.scheduler.circulant`).
 
-    O(receivers * chunks) per try, at most 3 log2(receivers) tries.
+    O(receivers * chunks), and a search over the distances for each receiver.
     """
     if receivers < 1 or chunks < 1:
         return ()
 
     nodes = receivers + 1
-    lowest = chunks - 1 + (nodes - 1).bit_length()
-    best: list[Hop] = []
-    for distances in _distances(nodes):
-        hops = _circulate(nodes, chunks, distances)
-        if not best or hops[-1].round < best[-1].round:
-            best = hops
-
-        if best[-1].round + 1 == lowest:
-            break
-
-    return tuple(best)
-
-
-def _distances(nodes: int) -> Iterator[list[int]]:
-    steps = (nodes - 1).bit_length()
-    up, down, power = [nodes], [nodes], [1 << step for step in reversed(range(steps))]
-    for _ in range(steps):
-        up.append((up[-1] + 1) // 2)
-        down.append(max(1, down[-1] // 2))
-
-    for distances in (up[1:], down[1:], power):
-        for turn in range(steps):
-            yield distances[turn:] + distances[:turn]
-
-
-def _circulate(nodes: int, chunks: int, distances: list[int]) -> list[Hop]:
-    everything = (1 << chunks) - 1
-    held = [everything] + [0] * (nodes - 1)  # per node: bitmask of the chunks it has
-    missing = nodes - 1
+    distances = skips(nodes)
+    phase = len(distances) - 1
+    blocks = [(), *(receive_blocks(node, distances) for node in range(1, nodes))]
+    # The last phase ends with the last round, so the first one may be short of its first rounds.
+    skipped = -(chunks - 1) % phase
+    held = [(1 << chunks) - 1] + [0] * receivers  # per node: bitmask of the chunks it has
     hops: list[Hop] = []
-    round = 0
-    while missing:
-        distance = distances[round % len(distances)]
+    for round in range(chunks - 1 + phase):
+        done, step = divmod(round + skipped, phase)
         now: list[Hop] = []
-        for node in range(nodes):
-            receiver = (node + distance) % nodes
-            lacking = held[node] & ~held[receiver]
-            if not lacking:
-                continue
-
-            chunk = lacking.bit_length() - 1
-            if node == 0 and lacking >> min(round, chunks - 1) & 1:
-                chunk = min(round, chunks - 1)
-
-            now.append(Hop(round, chunk, node, receiver))
+        for receiver in range(1, nodes):
+            # Beyond the last chunk there are none: who would send one has the last chunk, or sent it before.
+            chunk = min(blocks[receiver][step] + done * phase - skipped, chunks - 1)
+            if chunk >= 0 and not held[receiver] >> chunk & 1:
+                now.append(Hop(round, chunk, (receiver - distances[step]) % nodes, receiver))
 
         for hop in now:
             held[hop.receiver] |= 1 << hop.chunk
-            missing -= held[hop.receiver] == everything
 
-        hops += now
-        round += 1
+        hops += sorted(now, key=lambda hop: hop.sender)
 
-    return hops
+    return tuple(hops)
 
 
 def _choose(
@@ -218,7 +187,3 @@ def _place(
                 written = replace(written, after=tuple(after))
 
             yield written
-
-
-def _id_of(task: Task) -> int:
-    return task.id

@@ -37,7 +37,8 @@ def order_ports(waves: Sequence[Sequence[Task]], ports: PortModel) -> PortOrder:
     """
     Return the order of ``waves``. Linear in the number of memberships.
 
-    :raises ScheduleError: when a task comes after one that is in no earlier wave: it would wait for ever
+    :raises ScheduleError: when a task has no sender or no receiver, or comes after one that is in no earlier wave: it
+        would wait for ever
     """
     full = ports == "full"
     dense: dict[int, int] = {}
@@ -47,6 +48,10 @@ def order_ports(waves: Sequence[Sequence[Task]], ports: PortModel) -> PortOrder:
     linked = False
     for wave in waves:
         for task in wave:
+            if not (task.senders and task.receivers):
+                side = "receiver" if task.senders else "sender"
+                raise ScheduleError(f"task {task.id} has no {side}: it must have 1 or more", tasks=(task.id,))
+
             linked = linked or bool(task.after)
             # As in the task graph: the in-port of an actor is 2 * actor + 1, any other port 2 * actor.
             if full:

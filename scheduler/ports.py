@@ -75,8 +75,8 @@ def build_graph(tasks: Sequence[Task], ports: PortModel) -> TaskGraph:
 
     Linear in the number of memberships; never looks at a payload.
 
-    :raises ScheduleError: for a repeated id, no sender, no receiver, an unknown or cyclic ``after``, or an unknown port
-        model
+    :raises ScheduleError: for a repeated id, no sender, no receiver, an unknown or cyclic ``after``, an actor that
+        is no integer, or an unknown port model
     """
     if ports not in get_args(PortModel):
         raise ScheduleError(f"ports is {ports!r}: it must be one of {', '.join(get_args(PortModel))}")
@@ -106,6 +106,10 @@ def build_graph(tasks: Sequence[Task], ports: PortModel) -> TaskGraph:
         edge = [dense.setdefault(name, len(dense)) for name in names]
         edges.append(tuple(edge) if len(set(edge)) == len(edge) else tuple(dict.fromkeys(edge)))
         linked = linked or bool(task.after)
+
+    for name in dense:
+        if not isinstance(name, int):
+            raise ScheduleError(f"a port is numbered {name!r}: actors must be integers")
 
     after = _link(tasks, positions) if linked else ()
     return TaskGraph(

@@ -24,9 +24,17 @@ class ReleaseState:
     :param order: of the schedule to run
     :param lookahead: waves past the oldest unfinished one that may start; ``None`` for no limit
     :param in_flight: unfinished tasks a port may have
+    :raises ValueError: for a ``lookahead`` that is not ``None`` or a whole number from 0, or an ``in_flight`` that is
+        not a whole number from 1
     """
 
     def __init__(self, order: PortOrder, *, lookahead: int | None = None, in_flight: int = 1) -> None:
+        if lookahead is not None and not (isinstance(lookahead, int) and lookahead >= 0):
+            raise ValueError(f"lookahead is {lookahead!r}: it must be None, or 0 or more waves")
+
+        if not (isinstance(in_flight, int) and in_flight >= 1):
+            raise ValueError(f"in_flight is {in_flight!r}: it must be 1 or more tasks")
+
         self._order = order
         self._lookahead = lookahead
         self._in_flight = in_flight

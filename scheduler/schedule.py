@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from wavecast.scheduler.bounds import Bound, lower_bound
+from wavecast.scheduler.coloring import Strategy
 from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.order import PortOrder, order_ports
 from wavecast.scheduler.ports import PortModel, build_graph
 from wavecast.scheduler.strategies import STRATEGIES, choose
 from wavecast.scheduler.task import Task
 
-__all__ = ("Wave", "Schedule", "gather", "plan_waves")
+__all__ = ("Wave", "Schedule", "check_strategy", "gather", "plan_waves")
 
 _NO_BOUND = Bound(0, 0)
 
@@ -123,10 +124,7 @@ def plan_waves(tasks: Iterable[Task], *, strategy: str = "auto", ports: PortMode
         and for an unknown or cyclic dependency
     """
     tasks = tuple(tasks)
-    chosen = STRATEGIES.get(strategy)
-    if chosen is None:
-        raise ScheduleError(f"strategy is {strategy!r}: it must be one of {', '.join(STRATEGIES)}")
-
+    chosen = check_strategy(strategy)
     graph = build_graph(tasks, ports)
     reason = ""
     if strategy == "auto":
@@ -135,6 +133,19 @@ def plan_waves(tasks: Iterable[Task], *, strategy: str = "auto", ports: PortMode
         waves = chosen(graph)
 
     return Schedule(gather(tasks, waves), lower_bound(graph), ports, strategy, reason)
+
+
+def check_strategy(name: str) -> Strategy:
+    """
+    Return the strategy of that name.
+
+    :raises ScheduleError: when there is none
+    """
+    chosen = STRATEGIES.get(name) if isinstance(name, str) else None
+    if chosen is None:
+        raise ScheduleError(f"strategy is {name!r}: it must be one of {', '.join(STRATEGIES)}")
+
+    return chosen
 
 
 def gather(tasks: Sequence[Task], waves: Sequence[int]) -> tuple[Wave, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from wavecast.scheduler.cost import TaskCost
+from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.release import ReleaseState
 from wavecast.scheduler.schedule import Schedule
 
@@ -44,6 +45,9 @@ def simulate(
     :param barrier: no task starts before the wave before it is over; the same as ``lookahead=0``
     :param lookahead: waves past the oldest unfinished one that may start
     :param in_flight: unfinished tasks an actor may have
+    :raises ValueError: for a ``lookahead`` or ``in_flight`` that cannot be, and for a cost that is no number from 0
+    :raises ScheduleError: when a task has no sender or receiver, or comes after one that is in no earlier wave, and
+        when tasks of a wave wait for each other
     """
     tasks = schedule.tasks
     state = ReleaseState(schedule.order, lookahead=0 if barrier else lookahead, in_flight=in_flight)
@@ -57,7 +61,11 @@ def simulate(
         for position in positions:
             start, cause[position] = max([(now, by), *(port_free[port] for port in schedule.order.ports[position])])
             started[position] = start
-            finished[position] = start + cost(tasks[position])
+            seconds = cost(tasks[position])
+            if not seconds >= 0:
+                raise ValueError(f"task {tasks[position].id} costs {seconds} seconds: it must be 0 or more")
+
+            finished[position] = start + seconds
             for port in schedule.order.ports[position]:
                 port_free[port] = (finished[position], position)
 
@@ -68,6 +76,9 @@ def simulate(
     while running:
         now, last = heappop(running)
         begin(state.finish(last), now, last)
+
+    if state.unfinished:
+        raise ScheduleError(f"{state.unfinished} of {len(tasks)} tasks were never set free")
 
     path: list[int] = []
     while last >= 0:

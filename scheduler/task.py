@@ -27,7 +27,7 @@ class Task:
     :ivar nbytes: bytes that leave a sender, and bytes that reach each receiver
     :ivar after: ids of tasks that must have finished first (a relay forwards what it received)
     :ivar payload: carried along untouched; takes part in equality
-    :raises ScheduleError: for negative bytes, and for actors or ids that are no sequence
+    :raises ScheduleError: for bytes that are negative or no whole number, and for actors or ids that are no sequence
     """
 
     id: int
@@ -39,10 +39,19 @@ class Task:
 
     def __post_init__(self) -> None:
         # There may be a hundred thousand: one look at each where nothing is to be done.
-        if not (type(self.senders) is type(self.receivers) is type(self.after) is tuple and self.nbytes >= 0):
+        if not (
+            type(self.senders) is type(self.receivers) is type(self.after) is tuple
+            and type(self.nbytes) is int
+            and self.nbytes >= 0
+        ):
             self._settle()
 
     def _settle(self) -> None:
+        if not hasattr(self.nbytes, "__index__"):
+            raise ScheduleError(
+                f"task {self.id} has {self.nbytes!r} bytes: it must have a whole number of them", tasks=(self.id,)
+            )
+
         if self.nbytes < 0:
             raise ScheduleError(f"task {self.id} has {self.nbytes} bytes: it must have 0 or more", tasks=(self.id,))
 

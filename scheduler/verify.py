@@ -15,6 +15,8 @@ def verify(schedule: Schedule, tasks: Iterable[Task]) -> None:
     """
     Check that ``schedule`` does ``tasks``, all of them, once each, and can neither clash nor wait in a circle.
 
+    A task without sender or receiver is refused too: no port would ever set it free.
+
     Linear in the number of memberships. Payloads are not compared.
 
     :raises ScheduleError: naming the tasks and the loss, the clash, the broken dependency or the circle
@@ -44,6 +46,10 @@ def _check_complete(schedule: Schedule, asked: list[Task]) -> dict[int, int]:
                     tasks=(task.id,),
                 )
 
+            if not task.senders or not task.receivers:
+                side = "receiver" if task.senders else "sender"
+                raise ScheduleError(f"task {task.id} in wave {index} has no {side}", tasks=(task.id,))
+
             wave_of[task.id] = index
             held[task.id] = task
 
@@ -56,6 +62,12 @@ def _check_complete(schedule: Schedule, asked: list[Task]) -> dict[int, int]:
         got = held.get(task.id)
         if got is None:
             raise ScheduleError(f"task {task.id} is lost: no wave has it", tasks=(task.id,))
+
+        if not task.senders or not task.receivers:
+            raise ScheduleError(
+                f"task {task.id} has senders {task.senders} and receivers {task.receivers}: it needs one of each",
+                tasks=(task.id,),
+            )
 
         wanted = (task.senders, task.receivers, task.nbytes, task.after)
         if wanted != (got.senders, got.receivers, got.nbytes, got.after):

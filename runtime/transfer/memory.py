@@ -81,6 +81,27 @@ class Memory:
             and all(map(operator.is_, map(_DTYPE, views), self._dtypes))
         )
 
+    def require_still(self) -> None:
+        """
+        Make sure that the shards are what and where they were when this was made.
+
+        :raises LayoutError: naming one that is not
+        """
+        if self.holds_still(self.shards):
+            return
+
+        held = (shard for shard in self.shards if isinstance(shard.view, torch.Tensor))
+        before = zip(self._addresses, self._shapes, self._strides, self._dtypes, strict=True)
+        for shard, (address, shape, stride, dtype) in zip(held, before, strict=True):
+            view = shard.view
+            now = (view.data_ptr(), view.size(), view.stride(), view.dtype)  # type: ignore[union-attr]
+            if now != (address, shape, stride, dtype):
+                raise LayoutError(
+                    f"{shard.name!r} was changed during the sync: it was {dtype} of shape {tuple(shape)} "
+                    f"at {address:#x}, it is {now[3]} of shape {tuple(now[1])} at {now[0]:#x}",
+                    tensor=shard.name,
+                )
+
     def source(self, cut: Cut) -> torch.Tensor:
         """
         Return what holds ``cut``: the view it was received into last, if it was.

@@ -211,6 +211,9 @@ class RunHook:
     """
     Calls a hook of the user's, on an actor that has said it has one.
 
+    ``"before_commit"`` is the vote as well: what the actor answers says whether it can commit. Destinations that are
+    staged in shadow are asked for it with or without a hook.
+
     :ivar hook: ``"before_commit"``, or what ends the run: ``"after_commit"``, ``"after_abort"``
     """
 

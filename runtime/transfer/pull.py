@@ -331,7 +331,7 @@ class Puller:
         own = [segment._replace(source=segment.target, source_pitch=segment.target_pitch) for segment in segments]
         return _Part(
             CopyBatch(copies) if copies else None,
-            build_tables(rest, self.device),
+            build_tables(join_segments(rest), self.device),
             build_tables(join_segments(own), self.device) if counted else (),
         )
 
@@ -348,10 +348,10 @@ def _fill(segments: list[Segment]) -> Iterable[list[Segment]]:
     room = max(left // _SHARE, _LEAST_PART_NBYTES)
     part: list[Segment] = []
     used = 0
-    for whole in join_segments(segments):
+    for whole in segments:
         for segment in split_segment(whole, _LEAST_PART_NBYTES):
             if part and used + segment.rows * segment.nbytes > room:
-                yield join_segments(part)
+                yield part
                 left -= used
                 room = max(left // _SHARE, _LEAST_PART_NBYTES)
                 part, used = [], 0
@@ -360,7 +360,7 @@ def _fill(segments: list[Segment]) -> Iterable[list[Segment]]:
             used += segment.rows * segment.nbytes
 
     if part:
-        yield join_segments(part)
+        yield part
 
 
 def _on_wire(cuts: Iterable[Cut]) -> Iterable[tuple[Cut, int]]:

@@ -159,6 +159,30 @@ async def test_a_future_cancelled_by_somebody_else_is_a_failure_not_a_hang() -> 
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("deadline", [None, 60.0])
+@pytest.mark.parametrize("which", [0, 2])
+async def test_a_dispatch_that_looks_into_a_cancelled_future_has_failed(which: int, deadline: float | None) -> None:
+    future = asyncio.get_running_loop().create_future()
+    future.cancel()
+    chain = [Task(id, (0,), (1,), 1) for id in range(5)]
+
+    async def nothing() -> None:
+        pass
+
+    def dispatch(task: Task) -> Awaitable[None]:
+        if task.id == which:
+            future.result()
+
+        return nothing()
+
+    with pytest.raises(TaskFailed) as caught:
+        await run(plan_waves(chain), dispatch, deadline=deadline)
+
+    assert caught.value.task.id == which
+    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_plain_asyncio_cancel_aborts_too() -> None:
     actors = Actors()
     task = asyncio.create_task(run(plan_waves(TASKS), actors.dispatch, abort=actors.abort))
@@ -170,3 +194,28 @@ async def test_a_plain_asyncio_cancel_aborts_too() -> None:
 
     assert len(actors.aborts) == 1
     assert not actors.running
+
+
+@pytest.mark.parametrize("deadline", [None, 60.0])
+@pytest.mark.parametrize("failing", [0, 2])
+async def test_a_dispatch_that_raises_a_cancellation_of_its_own_fails_its_task(
+    anyio_backend_name: str, deadline: float | None, failing: int
+) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio's cancellations cannot be raised by hand")
+
+    actors = Actors()
+
+    def dispatch(task: Task) -> Awaitable[None]:
+        if task.id == failing:
+            raise asyncio.CancelledError("somebody else's future")
+
+        return actors.dispatch(task)
+
+    with pytest.raises(TaskFailed, match=f"task {failing} of wave .* failed: CancelledError") as caught:
+        await run(plan_waves(TASKS), dispatch, abort=actors.abort, deadline=deadline)
+
+    assert caught.value.task.id == failing
+    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+    assert not actors.running
+    assert [ids[0] for ids in actors.aborts] == [failing]
