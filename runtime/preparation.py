@@ -45,6 +45,8 @@ class Preparation:
     :ivar edges: sender and receiver of one-to-one tasks whose bytes a communicator moves, in schedule order
     :ivar pulls: sender and receiver of tasks that the receiver pulls, in schedule order
     :ivar pulled_nbytes: bytes that are pulled, of ``plan.nbytes``
+    :ivar left_out: tensors of the destinations of which nothing is sent, in their order: not selected, or without a
+        source and allowed to be
     :ivar reshard_seconds: to find the routes
     :ivar schedule_seconds: from routes to programs
     """
@@ -61,6 +63,7 @@ class Preparation:
     edges: tuple[tuple[int, int], ...]
     pulls: tuple[tuple[int, int], ...]
     pulled_nbytes: int
+    left_out: tuple[str, ...]
     reshard_seconds: float
     schedule_seconds: float
 
@@ -73,6 +76,7 @@ def prepare(
     carriers: Carriers,
     *,
     renames: Sequence[Renames] = (),
+    replicas: Sequence[range] = (),
 ) -> Preparation:
     """
     Plan, schedule, verify and compile.
@@ -81,14 +85,18 @@ def prepare(
     :param names: the tensors selected, or ``None`` for all
     :param renames: one an actor, where layouts have other names than the actors themselves (see
         :func:`~wavecast.runtime.naming.name_layouts`)
-    :raises LayoutError: when the layouts cannot be served
+    :param replicas: the numbers of the actors of each replica; each must be sent something
+    :raises LayoutError: when the layouts cannot be served, or a replica would be sent nothing
     """
     start = time.perf_counter()
+    wanted = {piece.tensor: None for layout in destinations for piece in layout.pieces if piece.box.numel}
     if names is not None:
         sources = [_only(layout, names) for layout in sources]
         destinations = [_only(layout, names) for layout in destinations]
 
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
+    _require_delivery(plan, replicas)
+    sent = {route.tensor for route in plan.routes}
     resharded = time.perf_counter()
     if options.fan_out in ("chain", "tree") or (options.fan_out == "auto" and options.link.branching):
         # An engine sends on what it packs from where it was unpacked: a relay's hops are moved, not pulled.
@@ -147,9 +155,21 @@ def prepare(
         edges=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in moved)),
         pulls=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in fetched)),
         pulled_nbytes=sum(task.nbytes for task in fetched),
+        left_out=tuple(name for name in wanted if name not in sent),
         reshard_seconds=resharded - start,
         schedule_seconds=time.perf_counter() - resharded,
     )
+
+
+def _require_delivery(plan: ReshardPlan, replicas: Sequence[range]) -> None:
+    """Refuse a plan that would bring a replica to a version without a byte of it."""
+    reached = {actor for route in plan.routes for actor in route.receivers}
+    for index, replica in enumerate(replicas):
+        if reached.isdisjoint(replica):
+            raise LayoutError(
+                f"nothing would be sent to replica {index}: its actors hold none of the tensors to sync",
+                actors=tuple(replica),
+            )
 
 
 def select_names(

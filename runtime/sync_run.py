@@ -474,7 +474,16 @@ class SyncRun:
 
         # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on.
         preparation = await anyio.to_thread.run_sync(
-            partial(prepare, sources, destinations, self._options, names, carriers, renames=naming.renames),
+            partial(
+                prepare,
+                sources,
+                destinations,
+                self._options,
+                names,
+                carriers,
+                renames=naming.renames,
+                replicas=self._known.replicas,
+            ),
             abandon_on_cancel=True,
         )
         self._known.prepared = (key, preparation)
@@ -603,7 +612,8 @@ class SyncRun:
             dry_run=self.request.dry_run,
             nbytes=plan.nbytes,
             tensors=len({route.tensor for route in plan.routes}),
-            partial=self.request.only is not None,
+            partial=bool(preparation.left_out),
+            left_out=preparation.left_out,
             routes=len(plan.routes),
             tasks=sum(len(wave.tasks) for wave in schedule.waves),
             waves=len(schedule.waves),

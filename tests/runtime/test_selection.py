@@ -9,6 +9,8 @@ from tests.runtime.local_actors import local
 from tests.runtime.local_groups import held, sync
 from wavecast.runtime import ConfigError, LayoutError, Shard, SyncOptions
 from wavecast.runtime.layout import fp8
+from wavecast.runtime.layout.shard import Computed
+from wavecast.runtime.layout.vllm_format import EngineFormat, EngineRank
 from wavecast.runtime.preparation import Only
 
 __all__ = ("local",)
@@ -90,6 +92,74 @@ def test_sources_of_several_dtypes_send_what_is_nearest_to_the_destinations(
     assert torch.equal(memory, rounded.to(wanted))
 
 
+def test_the_report_names_what_was_left_out_whatever_left_it() -> None:
+    def engine() -> list[Shard]:
+        return [held("a", torch.zeros(4)), held("b", torch.zeros(4)), held("c", torch.zeros(4))]
+
+    source = [held("a", torch.ones(4)), held("b", torch.ones(4))]
+    options = SyncOptions(allow_missing=["c"])
+    whole = sync([[*source, held("c", torch.ones(4))]], [engine()], only=lambda name: True)
+    assert (whole.partial, whole.left_out) == (False, ())
+    allowed = sync([source], [engine()], options=options)
+    assert (allowed.partial, allowed.left_out) == (True, ("c",))
+    picked = sync([source], [engine()], options=options, only={"b"})
+    assert (picked.partial, picked.left_out) == (True, ("a", "c"))
+
+
+@pytest.mark.parametrize("case", ["names", "allow_missing", "nothing held"])
+def test_a_sync_that_would_send_a_replica_nothing_is_refused(case: str) -> None:
+    with pytest.raises(LayoutError, match="nothing would be sent to replica 0") as caught:
+        sync(
+            [[held("w", torch.ones(4))]],
+            [[] if case == "nothing held" else [held("x" if case == "allow_missing" else "w", torch.zeros(4))]],
+            options=SyncOptions(allow_missing=["x"]),
+            destination_names=(lambda name: None) if case == "names" else None,
+        )
+
+    assert caught.value.actors == (1,)
+
+
+@pytest.mark.parametrize(
+    ("found", "given"),
+    [
+        (torch.ones(1), r"\(1,\) in torch.float32"),
+        (torch.ones(4, dtype=torch.float64), r"\(4,\) in torch.float64"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_computed_view_that_returns_something_else_is_refused(found: object, given: str) -> None:
+    computed = Computed((4,), torch.float32, torch.device("cpu"), lambda box: found)  # type: ignore[arg-type, return-value]
+    with pytest.raises(LayoutError, match=f"'w' returned {given} where"):
+        sync([[Shard("w", computed, (0,), (4,))]], [[held("w", torch.zeros(4))]])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"expert_placement": "round-robin"},
+        {"vocab_padding": 0},
+        {"vocab_padding": 1.5},
+        {"scale_block": (0, 128)},
+        {"scale_block": (128,)},
+        {"pp_layers": (2, -1)},
+    ],
+)
+def test_a_format_that_no_engine_has_is_a_config_error(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        EngineFormat(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_rank_of_another_type_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="tp_size='2'"):
+        EngineRank(0, "2")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("block", [(0, 1), (128,), (1.5, 2)])
+def test_a_block_of_no_size_is_a_config_error(block: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match="block="):
+        fp8.quantised([held(WEIGHT, torch.ones(4, 4))], block=block)
+
+
 @pytest.mark.parametrize("only", [3, {3}, lambda name: 1 / 0], ids=["number", "numbers", "raises"])
 def test_a_selection_that_is_none_is_a_config_error(only: Only) -> None:
     with pytest.raises(ConfigError, match="only="):
@@ -104,3 +174,30 @@ def test_a_name_map_that_raises_is_a_config_error() -> None:
 def test_a_name_map_that_gives_a_number_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="names="):
         sync([[held("w", torch.ones(4))]], [[held("w", torch.zeros(4))]], source_names=lambda name: 3)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("view", "why"),
+    [
+        (torch.zeros(4, device="meta"), "meta device"),
+        (torch.zeros(1).expand(4), "expanded"),
+        (torch.zeros(4, dtype=torch.complex64).conj(), "conjugated"),
+    ],
+)
+def test_a_view_without_plain_memory_is_refused(view: torch.Tensor, why: str) -> None:
+    with pytest.raises(LayoutError, match=f"the view of 'w' .*{why}"):
+        sync([[held("w", torch.zeros(4, dtype=view.dtype))]], [[held("w", view)]])
+
+
+@pytest.mark.parametrize(
+    ("name", "view", "offset", "why"),
+    [
+        (3, torch.ones(3), (0,), "name is 3"),
+        ("w", "tensor", (0,), "type str"),
+        ("w", torch.ones(3), (0.5,), "must be integers"),
+        ("w", torch.ones(3), 0, "must be integers"),
+    ],
+)
+def test_a_shard_of_other_types_is_a_layout_error(name: str, view: torch.Tensor, offset: tuple[int], why: str) -> None:
+    with pytest.raises(LayoutError, match=why):
+        Shard(name, view, offset, (4,))
