@@ -90,6 +90,7 @@ class Known:
     :ivar naming: the last layouts under logical names, with what they were made of
     :ivar prepared: the last preparation, with what it was made for
     :ivar refused: pairs of sender and receiver of which the receiver could not map the sender's memory
+    :ivar paused: some actor has a hook to run before anything moves
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Known:
         self.naming: tuple[tuple[object, ...], Naming] | None = None
         self.prepared: tuple[tuple[object, ...], Preparation] | None = None
         self.refused: frozenset[tuple[int, int]] = frozenset()
+        self.paused = False
         self._chosen: tuple[object, Carriers] | None = None
 
     def carriers(self, wanted: str, abilities: tuple[Ability, ...]) -> Carriers:
@@ -219,6 +221,9 @@ class SyncRun:
         if known.prepared is None or request.only is not None or request.validate or request.dry_run:
             return None
 
+        if known.paused:
+            return None
+
         (*_, names), preparation = known.prepared
         staged = preparation.edges or preparation.groups
         return preparation if names is None and not staged and self._connection.serves(preparation) else None
@@ -230,6 +235,8 @@ class SyncRun:
         :raises SyncError: the failure of the begin, if there was one, else that of the transfer
         """
         found: list[Began] = []
+        refusals: list[errors.SyncError] = []
+        given_up: list[errors.SyncError] = []
         failures: list[errors.SyncError] = []
         moving = anyio.CancelScope()
 
@@ -237,9 +244,10 @@ class SyncRun:
             try:
                 found.extend(await self._begin())
             except errors.SyncError as error:
-                failures.insert(0, error)
+                # One that was given up because a step had failed has nothing to tell.
+                (given_up if isinstance(error, errors.SyncAborted) else refusals).append(error)
 
-            if failures or not self._fits(found, preparation):
+            if not self._fits(found, preparation):
                 moving.cancel()
 
         outcome: RunReport | None = None
@@ -257,11 +265,15 @@ class SyncRun:
                         await anyio.sleep(_BEGIN_SECONDS)
                         group.cancel_scope.cancel()
 
-        if failures:
-            raise failures[0]
+        if refusals:
+            raise refusals[0]
 
         if outcome is not None and self._fits(found, preparation):
             return found, outcome
+
+        changed = len(found) == len(self._actors) and not self._fits(found, preparation)
+        if (failures or given_up) and not changed:
+            raise (failures or given_up)[0]
 
         await self.abort("the actors hold other layouts than the last time")
         self._name = RunId(self._name.group, time.time_ns())
@@ -430,6 +442,7 @@ class SyncRun:
         }
         replies = await self._actors.ask_all(requests, Began)
         self._observe({actor: reply.standing for actor, reply in replies.items()})
+        self._known.paused = any("before_sync" in reply.hooks for reply in replies.values())
         for actor, reply in replies.items():
             if reply.torn and actor < self._sources:
                 raise errors.SyncError(

@@ -1,0 +1,570 @@
+"""
+GPUs made of host memory, one an actor, for whole groups in one process: pulls, bells and sums from end to end.
+
+Every actor has a device of its own with a stream that its caller works on, and threads of its own that queue on others.
+What is queued is kept until somebody asks for it, and then done in the most awkward order that the events allow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import functools
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from tests.runtime.local_actors import ELEMENTS, Answer, Holder, LocalActor, Stage, StorelessSession, holder
+from tests.runtime.transfer.crew import ThreadHost, Wires
+from tests.runtime.transfer.host_device import UNITS_PER_TILE, Exporter, walk
+from wavecast.runtime.errors import TransportUnavailable
+from wavecast.runtime.layout.shard import Shard
+from wavecast.runtime.transfer import agent, fused, pull, session, shadow, staging, tables
+from wavecast.runtime.transfer.agent import Agent
+from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence, Move
+from wavecast.runtime.transfer.memory import Memory
+from wavecast.runtime.transfer.messages import Connect, Reply, Request, RunStep, decode, encode
+from wavecast.runtime.transfer.shadow import Shadow
+from wavecast.runtime.transfer.tables import Table
+from wavecast.runtime.transfer.worker import overridden_hooks
+
+CPU = torch.device("cpu")
+
+
+class Stream:
+    def __init__(self, gpu: Gpu) -> None:
+        self.machine = gpu.machine
+        self.work: deque[Callable[[], bool]] = deque()
+        self.cuda_stream = id(self)
+        with self.machine.changed:
+            self.machine.streams.append(self)
+
+    def put(self, job: Callable[[], object]) -> None:
+        def run() -> bool:
+            job()
+            return True
+
+        self.put_waiting(run)
+
+    def put_waiting(self, job: Callable[[], bool]) -> None:
+        """Queue what is over once it returns true, and until then holds up what follows."""
+        with self.machine.changed:
+            self.work.append(job)
+            self.machine.changed.notify_all()
+
+    def wait_event(self, event: Event) -> None:
+        ticket = event.ticket
+        self.put_waiting(lambda: ticket is None or ticket[0])
+
+    def wait_stream(self, other: Stream) -> None:
+        event = Event()
+        event.record(other)
+        self.wait_event(event)
+
+    def synchronize(self) -> None:
+        with self.machine.changed:
+            self.machine.changed.wait_for(lambda: self.machine.advance() and not self.work)
+
+
+class Event:
+    """Without a record it holds nobody up."""
+
+    def __init__(self) -> None:
+        self.ticket: list[bool] | None = None
+        self.machine: Machine | None = None
+
+    def record(self, stream: Stream) -> None:
+        ticket = self.ticket = [False]
+        self.machine = stream.machine
+
+        def done() -> None:
+            ticket[0] = True
+
+        stream.put(done)
+
+    def query(self) -> bool:
+        if self.machine is not None:
+            self.machine.advance()
+
+        return self.ticket is None or self.ticket[0]
+
+
+class Gpu:
+    """
+    Stands for a :class:`torch.device`.
+
+    :ivar default: the stream of the actor's own work
+    """
+
+    type = "cuda"
+
+    def __init__(self, machine: Machine, index: int) -> None:
+        self.machine = machine
+        self.index = index
+        self.default = Stream(self)
+
+
+class DeviceTensor(torch.Tensor):
+    """What is written to it is queued on its device's current stream."""
+
+    gpu: Gpu
+
+    def fill_(self, value: int) -> DeviceTensor:  # type: ignore[override]
+        plain = self.as_subclass(torch.Tensor)
+        self.gpu.machine.current_stream(self.gpu).put(lambda: plain.fill_(value))
+        return self
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> DeviceTensor:
+        plain, read = self.as_subclass(torch.Tensor), source.as_subclass(torch.Tensor)
+        self.gpu.machine.current_stream(self.gpu).put(lambda: plain.copy_(read))
+        return self
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return on_device(self.as_subclass(torch.Tensor)[index], self.gpu)
+
+
+def on_device(tensor: torch.Tensor, gpu: Gpu) -> DeviceTensor:
+    found = tensor.as_subclass(DeviceTensor)
+    found.gpu = gpu
+    return found
+
+
+class Machine:
+    """
+    The GPUs of one test.
+
+    :ivar changed: guards all that is queued
+    :ivar opened: how often each handle is open now, by the device that opened it
+    :ivar refused: devices that can map nothing
+    :ivar reads: address and bytes of each copy that was made
+    :ivar on_copy: called after a copy, on the stream, with the address that was written
+    :ivar on_listen: called with a device's number when it looks at a bell
+    """
+
+    def __init__(self, *, backwards: bool) -> None:
+        self.changed = threading.Condition()
+        self.streams: list[Stream] = []
+        self.gpus: list[Gpu] = []
+        self.opened: Counter[tuple[int, bytes]] = Counter()
+        self.refused: set[int] = set()
+        self.reads: list[tuple[int, int]] = []
+        self.on_copy: Callable[[int], object] = lambda address: None
+        self.on_listen: Callable[[int], object] = lambda gpu: None
+        self._backwards = backwards
+        self._here = threading.local()
+
+    def gpu(self) -> Gpu:
+        """Return one more device."""
+        self.gpus.append(Gpu(self, len(self.gpus)))
+        return self.gpus[-1]
+
+    def advance(self) -> bool:
+        """Do all that may be done by now, one stream as far as it goes."""
+        with self.changed:
+            going = True
+            while going:
+                going = False
+                for stream in reversed(self.streams) if self._backwards else self.streams:
+                    while stream.work and stream.work[0]():
+                        stream.work.popleft()
+                        going = True
+
+                    if going:
+                        self.changed.notify_all()
+                        break
+
+        return True
+
+    def open_gate(self, gate: list[bool]) -> None:
+        """Let a stream go on that waits for ``gate``."""
+        with self.changed:
+            gate[0] = True
+            self.changed.notify_all()
+
+    # What stands for torch.cuda.
+
+    def make_current(self, index: int) -> None:
+        self._here.index = index
+
+    def current_stream(self, device: object = None) -> Stream:
+        used: list[Stream] = getattr(self._here, "used", [])
+        if used:
+            return used[-1]
+
+        return device.default if isinstance(device, Gpu) else self.gpus[self._here.index].default
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        used = self._here.__dict__.setdefault("used", [])
+        used.append(stream)
+        try:
+            yield
+        finally:
+            used.pop()
+
+    # What stands for the driver's calls and the kernels.
+
+    def open_memory(self, handle: bytes) -> int:
+        if self._here.index in self.refused:
+            raise TransportUnavailable("cuIpcOpenMemHandle failed with CUDA_ERROR_INVALID_CONTEXT (201)")
+
+        with self.changed:
+            self.opened[self._here.index, handle] += 1
+
+        return int.from_bytes(handle, "little") << 16
+
+    def close_memory(self, handle: bytes) -> None:
+        with self.changed:
+            self.opened[self._here.index, handle] -= 1
+            assert self.opened[self._here.index, handle] >= 0
+
+    def read_async(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self.on_listen(self._here.index)
+        # Looking is a tight loop: others may want the lock.
+        time.sleep(0)
+        self._stream_of(stream).put(lambda: ctypes.memmove(target, source, nbytes))
+
+    def copy(self, copies: Sequence[tuple[int, int, int]], stream: int) -> None:
+        for target, source, nbytes in copies:
+            self._stream_of(stream).put(functools.partial(self._copy, target, source, nbytes))
+
+    def launch(
+        self, table: Table, source: int, target: int, total: torch.Tensor, mode: str, warps: int, share: float
+    ) -> None:
+        plain = total.as_subclass(torch.Tensor)
+
+        def work() -> None:
+            walk(table, source, target, plain, mode)
+            if mode.startswith("COPY"):
+                for row in table.rows.tolist():
+                    self.reads.append((source + row[0], ((row[2] - 1) * row[4] + row[3]) * table.unit))
+                    self.on_copy(target + row[1])
+
+        self.current_stream().put(work)
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        ctypes.memmove(target, source, nbytes)
+        self.reads.append((source, nbytes))
+        self.on_copy(target)
+
+    def _stream_of(self, number: int) -> Stream:
+        with self.changed:
+            (found,) = [each for each in self.streams if each.cuda_stream == number]
+            return found
+
+
+class GpuTorch:
+    """torch, but for its CUDA."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.cuda = SimpleNamespace(
+            Stream=Stream,
+            Event=Event,
+            stream=machine.stream,
+            current_stream=machine.current_stream,
+            current_device=lambda: machine._here.index,
+            is_available=lambda: False,
+            get_device_properties=lambda gpu: SimpleNamespace(uuid=f"GPU-{gpu.index}"),
+        )
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*sizes: object, device: object = None, pin_memory: bool = False, dtype: torch.dtype) -> torch.Tensor:
+        found = torch.zeros(*sizes, dtype=dtype)  # type: ignore[call-overload]
+        return on_device(found, device) if isinstance(device, Gpu) else found
+
+    @staticmethod
+    def empty(*sizes: object, device: object = None, pin_memory: bool = False, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*sizes, dtype=dtype)  # type: ignore[call-overload, no-any-return]
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Machine:
+    """Put host memory in the place of GPUs'."""
+    machine = Machine(backwards=backwards)
+    monkeypatch.setitem(
+        sys.modules, "wavecast.runtime.transfer.kernels", cast("Any", SimpleNamespace(UNITS_PER_TILE=UNITS_PER_TILE))
+    )
+    for module in (agent, fused, pull, session, shadow, staging):
+        monkeypatch.setattr(module, "torch", GpuTorch(machine))
+
+    lay_down = tables._table
+    monkeypatch.setattr(tables, "_table", lambda segments, unit, tile, device: lay_down(segments, unit, tile, CPU))
+    monkeypatch.setattr(tables, "_launch", machine.launch)
+    monkeypatch.setattr(agent, "has_kernels", lambda: True)
+    monkeypatch.setattr(agent, "warm_up", lambda device: None)
+    monkeypatch.setattr(pull, "Exporter", Exporter)
+    for name in ("make_current", "open_memory", "close_memory", "read_async"):
+        monkeypatch.setattr(pull, name, getattr(machine, name))
+
+    class CopyBatch:
+        def __init__(self, copies: Sequence[tuple[int, int, int]]) -> None:
+            self.start = functools.partial(machine.copy, copies)
+
+    monkeypatch.setattr(pull, "CopyBatch", CopyBatch)
+    return machine
+
+
+# Actors on them.
+
+
+class StreamedCommunicator:
+    """A communicator of this process's that comes after what the current stream holds."""
+
+    device_bytes = 1000
+
+    def __init__(self, inner: Communicator, gpu: Gpu) -> None:
+        self.rank = inner.rank
+        self.device = cast("torch.device", gpu)
+        self._inner = inner
+        self._machine = gpu.machine
+        self._aborted = False
+
+    def start(self, buffer: torch.Tensor, *, sender: int, receivers: tuple[int, ...], deadline: Deadline) -> Move:
+        self._machine.current_stream().synchronize()
+        return self._inner.start(buffer, sender=sender, receivers=receivers, deadline=deadline)
+
+    def fence(self) -> Fence:
+        event = Event()
+        event.record(self._machine.current_stream())
+        return CudaFence(cast("torch.cuda.Event", event), lambda: self._aborted)
+
+    def abort(self) -> None:
+        self._aborted = True
+        self._inner.abort()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class GpuSession(StorelessSession):
+    def _join(self, request: Connect, address: str, device: torch.device, deadline: Deadline) -> Communicator:
+        return StreamedCommunicator(super()._join(request, address, device, deadline), cast("Gpu", device))
+
+
+class GpuAgent(Agent):
+    """Takes its shards for a device's memory."""
+
+    gpu: Gpu
+    on_early: Callable[[], object] = staticmethod(lambda: None)
+
+    def _step(self, request: RunStep) -> Future[Reply]:
+        reply = super()._step(request)
+        if self._early:
+            self.on_early()
+
+        return reply
+
+    def _read_shards(self, actor: int) -> Memory:
+        return self._placed(super()._read_shards(actor))
+
+    def _second_copy(self, live: Memory) -> Shadow:
+        copy = super()._second_copy(live)
+        self._placed(copy.memory)
+        return copy
+
+    def _placed(self, memory: Memory) -> Memory:
+        memory.device = cast("torch.device", self.gpu)
+        return memory
+
+
+class GpuActor(LocalActor):
+    """
+    A handle of an actor with a GPU.
+
+    :ivar held: requests of these kinds are not served before their event is set
+    :ivar log: of all actors of a stage: "asked" or "answered", the actor's device and the request's name
+    :param pool: threads on which requests are served, as on a threaded actor; ``None``: on the event loop
+    """
+
+    def __init__(self, worker: Holder, wires: Wires, gpu: Gpu, log: Log, pool: ThreadPoolExecutor | None) -> None:
+        super().__init__(worker, wires)
+        self.gpu = gpu
+        self.log = log
+        self.held: dict[type[Request], asyncio.Event] = {}
+        self._pool = pool
+        self.agent: GpuAgent = GpuAgent(
+            worker.transfer_shards, hooks=overridden_hooks(worker), make_session=lambda: GpuSession(wires)
+        )
+        self.agent.gpu = gpu
+
+    def remote(self, call: bytes, *attachments: Answer) -> Answer:
+        request, _ = cast("tuple[Request, object]", decode(call))
+        name = type(request).__name__
+        self.log.append(("asked", self.gpu.index, name))
+        answer = super().remote(call, *attachments)
+        answer.future.add_done_callback(lambda done: self.log.append(("answered", self.gpu.index, name)))
+        return answer
+
+    async def _serve(self, request: Request, attachments: Sequence[Answer]) -> bytes:
+        if type(request) in self.held:
+            await self.held[type(request)].wait()
+
+        if self._pool is None:
+            return await super()._serve(request, attachments)
+
+        found = [decode(await attachment) for attachment in attachments]
+        host = ThreadHost()
+        try:
+            reply = await asyncio.get_running_loop().run_in_executor(
+                self._pool, functools.partial(self.agent.serve, request, host, *found)
+            )
+        except asyncio.CancelledError:
+            host.ended = True
+            raise
+
+        return encode(reply)
+
+
+class Log(list[tuple[str, int, str]]):
+    """What actors were asked and when they answered, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wanted: list[tuple[tuple[str, int, str], asyncio.Event]] = []
+
+    def append(self, entry: tuple[str, int, str]) -> None:
+        super().append(entry)
+        for wanted, found in self._wanted:
+            if wanted == entry:
+                found.set()
+
+    def wait_for(self, entry: tuple[str, int, str]) -> asyncio.Event:
+        """Return what is set once there is such an entry."""
+        found = asyncio.Event()
+        self._wanted.append((entry, found))
+        if entry in self:
+            found.set()
+
+        return found
+
+
+class Kept(Holder):
+    """Returns the same shards while its tensors are the same objects, as users are told to."""
+
+    kept: list[Shard] | None = None
+
+    def transfer_shards(self) -> Sequence[Shard]:
+        if self.kept is None:
+            self.kept = [*super().transfer_shards()]
+
+        return self.kept
+
+    def hold(self, first: int, rows: int) -> None:
+        """Hold other rows, in new memory."""
+        self.first, self.matrix, self.kept = first, torch.zeros(rows, ELEMENTS), None
+
+
+def kept(actor: LocalActor) -> Kept:
+    assert isinstance(actor.worker, Kept)
+    return actor.worker
+
+
+class GpuStage(Stage):
+    """
+    Trainers with equal shares of four rows, and replicas of two engines with two rows each; a device an actor.
+
+    :ivar whole: what the trainers hold, as bits
+    :ivar log: what actors were asked and when they answered
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        trainers: int = 2,
+        replicas: int = 1,
+        kind: Callable[..., Holder] = Kept,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self.wires = Wires()
+        self.kind = kind
+        self.machine = machine
+        self.pool = pool
+        self.log = Log()
+        rows = 4 // trainers
+        self.trainers = [self.actor(rows * rank, rows=rows) for rank in range(trainers)]
+        self.replicas = [self.replica() for _ in range(replicas)]
+        self.renew(0)
+
+    def actor(self, first: int, *, rows: int = 2, value: float = 0.0) -> LocalActor:
+        return GpuActor(self.kind(first, rows, 4, value), self.wires, self.machine.gpu(), self.log, self.pool)
+
+    def renew(self, seed: int, *, finite: bool = False) -> None:
+        """Give the trainers new weights: any bits, NaN payloads among them unless they are to be ``finite``."""
+        random = torch.Generator().manual_seed(seed)
+        self.whole = torch.randint(-(1 << 31), 1 << 31, (4, ELEMENTS), generator=random).to(torch.int32)
+        self.scale = torch.randint(-(1 << 31), 1 << 31, (), generator=random).to(torch.int32)
+        if finite:
+            # No exponent is of ones alone.
+            self.whole &= ~(1 << 30)
+            self.scale &= ~(1 << 30)
+
+        for actor in self.trainers:
+            self.fill_in(actor)
+
+    def fill_in(self, actor: LocalActor) -> None:
+        held = holder(actor)
+        held.matrix.view(torch.int32).copy_(self.whole[held.first : held.first + len(held.matrix)])
+        held.scale.view(torch.int32).copy_(self.scale)
+
+    def arrived(self) -> bool:
+        """Tell whether every engine holds bit for bit what the trainers were given last."""
+        return all(
+            torch.equal(bits(held.matrix), self.whole[held.first : held.first + len(held.matrix)])
+            and torch.equal(bits(held.scale), self.scale)
+            for replica in self.replicas
+            for held in map(holder, replica)
+        )
+
+    def bits(self) -> list[list[int]]:
+        """All that the engines hold."""
+        return [bits(holder(actor).matrix).flatten().tolist() for replica in self.replicas for actor in replica]
+
+    def take(self) -> list[list[str]]:
+        """Return what each actor was asked since the last time, in order."""
+        found = [[name for what, actor, name in self.log if (what, actor) == ("asked", own)] for own in self.numbers()]
+        self.log.clear()
+        return found
+
+    def answered(self, actor: LocalActor, name: str) -> asyncio.Event:
+        """Return what is set once ``actor`` has answered a request called ``name``."""
+        return self.log.wait_for(("answered", self.actors.index(actor), name))
+
+    def numbers(self) -> range:
+        return range(len(self.machine.gpus))
+
+    def ran_ahead(self) -> bool:
+        """Tell whether a step was asked for before all of the first begins were answered."""
+        steps = [place for place, (what, _, name) in enumerate(self.log) if (what, name) == ("asked", "RunStep")]
+        if not steps:
+            return False
+
+        begun = [actor for what, actor, name in self.log[: steps[0]] if (what, name) == ("answered", "Begin")]
+        return len(begun) < len(self.actors)
+
+    def lanes(self) -> list[threading.Thread]:
+        """The threads on which actors' sessions map and unmap memory."""
+        return [each.lane._thread for actor in self.actors for each in actor.agent._sessions.values()]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(torch.int32)
+
+
+def move(tensor: torch.Tensor, poison: int) -> torch.Tensor:
+    """Put other storage under ``tensor`` and return the old one, of which nothing is right any more."""
+    old = tensor.data
+    tensor.data = old.clone()
+    old.view(torch.int32).fill_(poison)
+    return old
