@@ -17,6 +17,7 @@ RUNTIME = (
     "presets",
     "checkpoint",
     "plan",
+    "shared_memory",
     "naming",
     "options",
     "transfer",

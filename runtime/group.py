@@ -30,6 +30,8 @@ _CLOSE_SECONDS = 5.0
 _DROP_SECONDS = 0.2
 #: To learn who is dead: Ray says it of a dead actor at once.
 _LOOK_SECONDS = 1.0
+#: The same, before a failure is told: Ray has had the time of the abort to find out.
+_DEATH_SECONDS = 0.1
 
 CatchUp = Literal["next", "peer", "trainer"]
 
@@ -382,6 +384,7 @@ class ParameterSyncGroup:
             if isinstance(error, errors.SyncError):
                 sync.locate(error)
                 error.versions = self._versions.by_index()
+                await self._raise_death_behind(error, sync, known)
 
             if self._closed and isinstance(error, errors.SyncAborted):
                 raise self._over(sync) from error
@@ -389,6 +392,26 @@ class ParameterSyncGroup:
             raise
         finally:
             self._leave()
+
+    async def _raise_death_behind(self, error: errors.SyncError, sync: SyncRun, known: Known) -> None:
+        """
+        Raise the death of an actor of which ``error`` is what another one saw: its transport may tell sooner than Ray.
+
+        :raises ActorDied: naming who died, with ``error`` as its cause
+        """
+        seen_by_others = isinstance(error, errors.ActorFailed | errors.SyncAborted)
+        if not seen_by_others or error.phase not in ("connect", "transfer") or self._closed:
+            return
+
+        with anyio.CancelScope(shield=True):
+            dead = await known.actors.find_dead(_DEATH_SECONDS)
+
+        if dead:
+            death = errors.ActorDied(f"the actor died: {error.args[0]}", actors=dead, task=error.task)
+            death.phase = error.phase
+            sync.locate(death)
+            death.versions = error.versions
+            raise death from error
 
     async def _ask_versions(self, seconds: float) -> None:
         """Ask the replicas' actors for their versions, outside of a sync."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from wavecast.runtime.errors import ConfigError, LayoutError
 from wavecast.runtime.layout.shard import Layout, Piece
+from wavecast.runtime.layout.sharing import NOT_SHARED
 from wavecast.runtime.layout.views import NameMap, map_name
+from wavecast.runtime.shared_memory import require_one_memory, tied_names
 
 __all__ = ("Naming", "Renames", "name_layouts")
 
@@ -41,6 +43,7 @@ def name_layouts(
     source_names: NameMap | None = None,
     destination_names: NameMap | None = None,
     aliases: Collection[Collection[str]] = (),
+    source_copies: bool = False,
 ) -> Naming:
     """
     Bring both sides under logical names.
@@ -50,17 +53,31 @@ def name_layouts(
     :param source_names: from the sources' own names to logical ones; ``None``: they are logical
     :param destination_names: the same of the destinations
     :param aliases: sets of logical names that are one tensor where weights are tied. A set of which the sources hold
-        one name only is fed from that one
-    :raises LayoutError: when a destination's tensor is to be two logical tensors at once, and for aliases of which
-        the sources hold several and the destinations others, or fewer: which one is meant cannot be known
-    :raises ConfigError: when a name map gives something else than names
+        one name only is fed from that one. Names that a destination holds in the same memory, as all sources do, are
+        one tensor without being listed
+    :param source_copies: a source may hold a box twice, in memory of its own each: an engine to which a sync has
+        brought both
+    :raises LayoutError: when a destination's tensor is to be two logical tensors at once, or its memory is: views that
+        overlap without being one tensor's; when a source holds a box twice, in different memory; and for aliases of
+        which the sources hold several and the destinations others, or fewer: which one is meant cannot be known
+    :raises ConfigError: when a name map raises, or gives something else than names
     """
-    if source_names is None and destination_names is None and not aliases:
+    from_source, from_destination = _lookup(source_names), _one_each(_lookup(destination_names))
+    if not source_copies:
+        require_one_memory(sources, from_source)
+
+    shared = any(layout.sharing != NOT_SHARED for layout in destinations)
+    if source_names is None and destination_names is None and not aliases and not shared:
         count = len(sources) + len(destinations)
         return Naming(tuple(sources), tuple(destinations), ((),) * count, {})
 
-    from_source, from_destination = _lookup(source_names), _one_each(_lookup(destination_names))
-    meant = _resolve(aliases, _all_names(sources, from_source), _all_names(destinations, from_destination))
+    held = _all_names(sources, from_source)
+    meant = _resolve(aliases, held, _all_names(destinations, from_destination))
+    if shared:
+        meant |= tied_names(
+            sources, destinations, from_source, lambda own: [meant.get(name, name) for name in from_destination(own)]
+        )
+
     named_sources, source_renames = _rename(sources, from_source)
     named_destinations, destination_renames = _rename(
         destinations, lambda own: tuple(meant.get(name, name) for name in from_destination(own))
@@ -73,7 +90,11 @@ def _lookup(names: NameMap | None) -> _Lookup:
 
     def look_up(own: str) -> tuple[str, ...]:
         if own not in known:
-            found = map_name(names, own)
+            try:
+                found = map_name(names, own)
+            except Exception as error:
+                raise ConfigError(f"names= raised {type(error).__name__} for {own!r}: {error}") from error
+
             if not all(isinstance(name, str) for name in found):
                 raise ConfigError(f"names= gives {found!r} for {own!r}; it must give a name, several, or None")
 
@@ -138,7 +159,15 @@ def _rename(layouts: Sequence[Layout], look_up: _Lookup) -> tuple[tuple[Layout, 
 
         pieces, changed = known[key]
         computed = dict.fromkeys(name for own in layout.computed for name in look_up(own))
-        named.append(replace(layout, pieces=pieces, frozen=_frozen(layout, look_up), computed=tuple(computed)))
+        named.append(
+            replace(
+                layout,
+                pieces=pieces,
+                frozen=_frozen(layout, look_up),
+                computed=tuple(computed),
+                sharing=layout.sharing if pieces is layout.pieces else NOT_SHARED,
+            )
+        )
         renames.append(changed)
 
     return tuple(named), tuple(renames)

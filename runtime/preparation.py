@@ -23,6 +23,9 @@ from wavecast.scheduler import Schedule
 
 __all__ = ("Only", "Preparation", "prepare", "select_names")
 
+#: What the name of a quantised weight's scales adds to the weight's: see :data:`wavecast.runtime.layout.fp8.SCALE`.
+_SCALE = "_scale_inv"
+
 #: Which logical tensors to sync: a set of names, a predicate over names, or those in training; ``None`` for all.
 Only = Collection[str] | Callable[[str], bool] | Literal["trainable"] | None
 
@@ -42,6 +45,8 @@ class Preparation:
     :ivar edges: sender and receiver of one-to-one tasks whose bytes a communicator moves, in schedule order
     :ivar pulls: sender and receiver of tasks that the receiver pulls, in schedule order
     :ivar pulled_nbytes: bytes that are pulled, of ``plan.nbytes``
+    :ivar left_out: tensors of the destinations of which nothing is sent, in their order: not selected, or without a
+        source and allowed to be
     :ivar reshard_seconds: to find the routes
     :ivar schedule_seconds: from routes to programs
     """
@@ -58,6 +63,7 @@ class Preparation:
     edges: tuple[tuple[int, int], ...]
     pulls: tuple[tuple[int, int], ...]
     pulled_nbytes: int
+    left_out: tuple[str, ...]
     reshard_seconds: float
     schedule_seconds: float
 
@@ -70,6 +76,7 @@ def prepare(
     carriers: Carriers,
     *,
     renames: Sequence[Renames] = (),
+    replicas: Sequence[range] = (),
 ) -> Preparation:
     """
     Plan, schedule, verify and compile.
@@ -78,14 +85,18 @@ def prepare(
     :param names: the tensors selected, or ``None`` for all
     :param renames: one an actor, where layouts have other names than the actors themselves (see
         :func:`~wavecast.runtime.naming.name_layouts`)
-    :raises LayoutError: when the layouts cannot be served
+    :param replicas: the numbers of the actors of each replica; each must be sent something
+    :raises LayoutError: when the layouts cannot be served, or a replica would be sent nothing
     """
     start = time.perf_counter()
+    wanted = {piece.tensor: None for layout in destinations for piece in layout.pieces if piece.box.numel}
     if names is not None:
         sources = [_only(layout, names) for layout in sources]
         destinations = [_only(layout, names) for layout in destinations]
 
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
+    _require_delivery(plan, replicas)
+    sent = {route.tensor for route in plan.routes}
     resharded = time.perf_counter()
     if options.fan_out in ("chain", "tree") or (options.fan_out == "auto" and options.link.branching):
         # An engine sends on what it packs from where it was unpacked: a relay's hops are moved, not pulled.
@@ -144,9 +155,21 @@ def prepare(
         edges=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in moved)),
         pulls=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in fetched)),
         pulled_nbytes=sum(task.nbytes for task in fetched),
+        left_out=tuple(name for name in wanted if name not in sent),
         reshard_seconds=resharded - start,
         schedule_seconds=time.perf_counter() - resharded,
     )
+
+
+def _require_delivery(plan: ReshardPlan, replicas: Sequence[range]) -> None:
+    """Refuse a plan that would bring a replica to a version without a byte of it."""
+    reached = {actor for route in plan.routes for actor in route.receivers}
+    for index, replica in enumerate(replicas):
+        if reached.isdisjoint(replica):
+            raise LayoutError(
+                f"nothing would be sent to replica {index}: its actors hold none of the tensors to sync",
+                actors=tuple(replica),
+            )
 
 
 def select_names(
@@ -159,10 +182,12 @@ def select_names(
     """
     Return the names that ``only`` picks out of what the destinations hold, or ``None`` for all.
 
-    ``"trainable"`` picks the tensors that some source holds and no source has frozen.
+    ``"trainable"`` picks the tensors that some source holds and no source has frozen. A quantised weight and its scales
+    (``X.weight`` and ``X.weight_scale_inv``) are picked together, whichever of them is.
 
     :param aliases: names that are known to the plan by another: to pick either is to pick the tensor
-    :raises ConfigError: for any other string, which is a collection of letters
+    :raises ConfigError: for any other string, which is a collection of letters, for what is no collection of names,
+        and when the predicate raises
     :raises LayoutError: for a name that no destination holds, and when nothing is picked
     """
     if only is None:
@@ -175,8 +200,16 @@ def select_names(
 
         names = _trained(sources) & held.keys()
     elif callable(only):
-        names = frozenset(name for name in held if only(name))
+        own = [name for name in held if _picks(only, name)]
+        names = frozenset((*own, *(held_as for name, held_as in aliases.items() if _picks(only, name))))
     else:
+        if not isinstance(only, Collection):
+            raise ConfigError(f'only= is {only!r}; give a collection of names, a predicate, or "trainable"')
+
+        stranger = next((name for name in only if not isinstance(name, str)), None)
+        if stranger is not None:
+            raise ConfigError(f"only= holds {stranger!r}, which is no name")
+
         names = frozenset(aliases.get(name, name) for name in only)
         unknown = sorted(names - held.keys())
         if unknown:
@@ -185,7 +218,22 @@ def select_names(
     if not names:
         raise LayoutError("only= picks no tensor that a destination holds")
 
-    return names
+    return _with_pairs(names, held)
+
+
+def _picks(only: Callable[[str], bool], name: str) -> bool:
+    """Ask the user's predicate; what it raises is a mistake in what was asked for."""
+    try:
+        return bool(only(name))
+    except Exception as error:
+        raise ConfigError(f"only= raised {type(error).__name__} for {name!r}: {error}") from error
+
+
+def _with_pairs(names: frozenset[str], held: Collection[str]) -> frozenset[str]:
+    """Return ``names`` with the other half of each pair of quantised weight and scales: neither means a thing alone."""
+    scales = {name + _SCALE for name in names}
+    weights = {name.removesuffix(_SCALE) for name in names if name.endswith(_SCALE)}
+    return names | frozenset(name for name in held if name in scales or name in weights)
 
 
 def _trained(sources: Sequence[Layout]) -> frozenset[str]:

@@ -72,7 +72,8 @@ class SyncReport:
     :ivar dry_run: everything was set up and nothing was moved
     :ivar nbytes: bytes delivered: each receiver's counted
     :ivar tensors: logical tensors that were synced
-    :ivar partial: ``only=`` left some of the destination's tensors as they were
+    :ivar partial: some of the destinations' tensors were left as they were: by ``only=``, or by ``allow_missing``
+    :ivar left_out: their logical names, in the destinations' order; those that a name map drops are not counted
     :ivar routes: boxes that travelled
     :ivar tasks: tasks they were made into
     :ivar waves: waves, and ``bound_waves`` the fewest possible that is known
@@ -136,6 +137,7 @@ class SyncReport:
     attempts: int = 1
     dropped: tuple[int, ...] = ()
     lost_trainers: int = 0
+    left_out: tuple[str, ...] = ()
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -193,7 +193,10 @@ class SyncRun:
             if self._options.release_communicators and self._connection.transport:
                 await self._connection.release(self._name)
 
-            commit = self._commit = CommitPhase(self._actors, self._name, began, request.dry_run)
+            in_shadow = self._options.staging == "shadow"
+            # In place the bytes are there already: who has them all may as well say so.
+            voters = range(self._sources, len(self._actors)) if in_shadow else ()
+            commit = self._commit = CommitPhase(self._actors, self._name, began, request.dry_run, voters)
             hooks = await commit.go_through(self._versions_to_commit())
 
         report = self._report(preparation, outcome, planned=planned, connected=connected, device=began[-1].place.device)
@@ -471,7 +474,16 @@ class SyncRun:
 
         # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on.
         preparation = await anyio.to_thread.run_sync(
-            partial(prepare, sources, destinations, self._options, names, carriers, renames=naming.renames),
+            partial(
+                prepare,
+                sources,
+                destinations,
+                self._options,
+                names,
+                carriers,
+                renames=naming.renames,
+                replicas=self._known.replicas,
+            ),
             abandon_on_cancel=True,
         )
         self._known.prepared = (key, preparation)
@@ -491,6 +503,7 @@ class SyncRun:
                     source_names=known.names[0],
                     destination_names=known.names[1],
                     aliases=self._options.aliases,
+                    source_copies=self.request.from_peer,
                 )
             )
             known.naming = (key, naming)
@@ -559,8 +572,9 @@ class SyncRun:
                     self._actors.start(receiver, Compare(self._name, preparation.step_of[receiver][task.id]), excerpt)
                     for receiver in task.receivers
                 ]
-                replies = await self._actors.answers(refs, Done)
+                # The sender first: its failure is the receivers' as well, and should be told as its own.
                 await self._actors.answer(excerpt, Excerpt)
+                replies = await self._actors.answers(refs, Done)
                 for receiver, reply in zip(task.receivers, replies, strict=True):
                     if reply.differing:
                         raise errors.ValidationError(
@@ -598,7 +612,8 @@ class SyncRun:
             dry_run=self.request.dry_run,
             nbytes=plan.nbytes,
             tensors=len({route.tensor for route in plan.routes}),
-            partial=self.request.only is not None,
+            partial=bool(preparation.left_out),
+            left_out=preparation.left_out,
             routes=len(plan.routes),
             tasks=sum(len(wave.tasks) for wave in schedule.waves),
             waves=len(schedule.waves),

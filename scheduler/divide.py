@@ -114,6 +114,7 @@ def plan_divisible(
     :param cost: of a task, to weigh the start-ups of more waves against shorter ones
     :raises ValueError: for a ``max_gap`` below 1 or a ``min_chunk_bytes`` below 1
     :raises ScheduleError: as :func:`~wavecast.scheduler.plan_waves` does
+    :raises ValueError: for a ``max_gap`` below 1 or a ``min_chunk_bytes`` below 1
     """
     if not max_gap >= 1:
         raise ValueError(f"max_gap is {max_gap}: it must be 1 or more")
@@ -240,6 +241,7 @@ def plan_preemptive(tasks: Iterable[Task], *, ports: PortModel = "half", min_chu
         bytes of the busiest port are exceeded by less than this for each of its tasks
     :raises ValueError: for a ``min_chunk_bytes`` below 1
     :raises ScheduleError: when the tasks are not such, and as :func:`~wavecast.scheduler.plan_waves` does
+    :raises ValueError: for a ``min_chunk_bytes`` below 1
     """
     _check_unit(min_chunk_bytes)
     tasks = tuple(tasks)

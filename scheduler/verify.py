@@ -63,6 +63,12 @@ def _check_complete(schedule: Schedule, asked: list[Task]) -> dict[int, int]:
         if got is None:
             raise ScheduleError(f"task {task.id} is lost: no wave has it", tasks=(task.id,))
 
+        if not task.senders or not task.receivers:
+            raise ScheduleError(
+                f"task {task.id} has senders {task.senders} and receivers {task.receivers}: it needs one of each",
+                tasks=(task.id,),
+            )
+
         wanted = (task.senders, task.receivers, task.nbytes, task.after)
         if wanted != (got.senders, got.receivers, got.nbytes, got.after):
             raise ScheduleError(

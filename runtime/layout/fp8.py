@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from wavecast.runtime.errors import LayoutError
+from wavecast.runtime.errors import ConfigError, LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
 from wavecast.runtime.layout.views import assembled, missing
@@ -47,6 +47,7 @@ def quantised(
     *,
     names: Callable[[str], bool] = is_linear_weight,
     block: tuple[int, int] = BLOCK,
+    power_of_two: bool = False,
 ) -> list[Shard]:
     """
     Return ``shards`` with those of the tensors that ``names`` picks quantised as they are sent.
@@ -60,16 +61,20 @@ def quantised(
     be on this actor too, in other shards of the tensor; then the result is that of the whole tensor, bit for bit.
 
     :param block: rows and columns of a block
+    :param power_of_two: round each scale up to a power of two before dividing by it (still in float32), for kernels
+        that keep nothing of a scale but its exponent
+    :raises ConfigError: for a block without rows or columns
     :raises LayoutError: when part of a block is on other actors only, or for a picked tensor that is no matrix of
         wider floating point elements
     """
+    _check_block(block)
     held = list(shards)
     by_name: dict[str, list[Shard]] = {}
     for shard in held:
         if names(shard.name):
             by_name.setdefault(shard.name, []).append(shard)
 
-    blocks = {name: _Blocks(name, tuple(own), block) for name, own in by_name.items()}
+    blocks = {name: _Blocks(name, tuple(own), block, power_of_two) for name, own in by_name.items()}
     found: list[Shard] = []
     for shard in held:
         if shard.name in blocks:
@@ -84,9 +89,12 @@ def paired(shard: Shard, scale: torch.Tensor, *, block: tuple[int, int] = BLOCK)
     """
     Return a destination's pair of shards: a quantised weight's and its scales'.
 
-    :param scale: this actor's scales, one for each block that the shard reaches into
+    :param scale: this actor's scales, one for each block that the shard reaches into, in float32: no scale is ever
+        rounded to another dtype
+    :raises ConfigError: for a block without rows or columns
     :raises LayoutError: when the shard begins or ends inside a block, or ``scale`` is not of the shape this makes
     """
+    _check_block(block)
     box, shape = shard.box, shard.global_shape
     grid = _grid(box, block) if len(shape) == 2 else box
     if len(shape) != 2 or _elements_of(grid, shape, block) != box or tuple(scale.shape) != grid.extent:
@@ -107,11 +115,13 @@ class _Blocks:
 
     :ivar shards: all of the actor's shards of the matrix
     :ivar block: rows and columns of a block
+    :ivar power_of_two: scales are rounded up to powers of two
     """
 
     name: str
     shards: tuple[Shard, ...]
     block: tuple[int, int]
+    power_of_two: bool
 
     def pair(self, shard: Shard) -> list[Shard]:
         """Return the two shards that stand for ``shard``."""
@@ -182,6 +192,11 @@ class _Blocks:
         largest = torch.maximum(values.amax(dim=(1, 3)), -values.amin(dim=(1, 3)))
         # By a tensor: on CUDA a division by a number becomes a product with its inverse, one bit off at times.
         scale = (largest / torch.full_like(largest, _LARGEST)).clamp_min(_SMALLEST_SCALE)
+        if self.power_of_two:
+            mantissa, exponent = torch.frexp(scale)
+            # Of a power of two the mantissa is a half.
+            scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+
         return values, torch.where(largest == 0, torch.ones_like(scale), scale)
 
     def _bands(self, grid: Box) -> Iterator[Box]:
@@ -189,6 +204,11 @@ class _Blocks:
         each = max(_BAND // (self.block[0] * self.block[1] * max(grid.extent[1], 1)), 1)
         for start in range(0, grid.extent[0], each):
             yield grid.rows(start, min(start + each, grid.extent[0]))
+
+
+def _check_block(block: tuple[int, int]) -> None:
+    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise ConfigError(f"block={block!r} must be two positive integers, rows and columns")
 
 
 def _grid(box: Box, block: tuple[int, int]) -> Box:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.sharing import NOT_SHARED, Sharing, find_sharing
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ class Computed:
     :ivar dtype: of its elements
     :ivar device: where :attr:`read` returns them
     :ivar read: returns the elements of a box, offsets counted from the view's own first element, as a tensor of that
-        shape, dtype and device; called on the transfer's thread, with the transfer's stream current
+        shape, dtype and device, which is checked; called on the transfer's thread, with the transfer's stream current
     """
 
     shape: tuple[int, ...]
@@ -45,7 +46,7 @@ class Shard:
     :ivar global_shape: the logical tensor's shape
     :ivar trainable: at a source, training may change these elements: ``group.sync(only="trainable")`` passes over
         tensors that are not
-    :raises LayoutError: when the view does not fit in the logical tensor
+    :raises LayoutError: when the view does not fit in the logical tensor, or name, view or offset are of another type
     """
 
     name: str
@@ -55,6 +56,7 @@ class Shard:
     trainable: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
+        _check_types(self.name, self.view, self.offset)
         object.__setattr__(self, "offset", tuple(self.offset))
         object.__setattr__(self, "global_shape", tuple(self.global_shape))
         _check_fit(self.name, self.offset, tuple(self.view.shape), self.global_shape)
@@ -104,16 +106,19 @@ class Layout:
     :ivar place: where, if known: the planner prefers near senders
     :ivar frozen: names of the tensors held of which no shard is trainable, in the order of the pieces
     :ivar computed: names of the tensors held of which some shard is worked out as it is sent
+    :ivar sharing: which pieces lie on the same memory, by their position in :attr:`pieces`
     """
 
     pieces: tuple[Piece, ...]
     place: Place | None = None
     frozen: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
+    sharing: Sharing = NOT_SHARED
 
 
 def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
-    """Return the layout of ``shards``: names, boxes, dtypes, what is frozen, what is computed, but no memory."""
+    """Return the layout of ``shards``: names, boxes, dtypes, what is frozen, computed or shared, but no memory."""
+    shards = list(shards)
     pieces: list[Piece] = []
     frozen: dict[str, None] = {}
     computed: dict[str, None] = {}
@@ -128,7 +133,19 @@ def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
         if isinstance(shard.view, Computed):
             computed[shard.name] = None
 
-    return Layout(tuple(pieces), place, tuple(name for name in frozen if name not in trained), tuple(computed))
+    sharing = find_sharing(None if isinstance(shard.view, Computed) else shard.view for shard in shards)
+    return Layout(tuple(pieces), place, tuple(name for name in frozen if name not in trained), tuple(computed), sharing)
+
+
+def _check_types(name: object, view: object, offset: object) -> None:
+    if not isinstance(name, str):
+        raise LayoutError(f"a shard's name is {name!r}, it must be a string")
+
+    if not (hasattr(view, "shape") and hasattr(view, "dtype")):
+        raise LayoutError(f"the view of {name!r} is of type {type(view).__name__}, not a tensor", tensor=name)
+
+    if not isinstance(offset, Sequence) or not all(isinstance(start, int) for start in offset):
+        raise LayoutError(f"the offset of {name!r} is {offset!r}, it must be integers, one a dim", tensor=name)
 
 
 def _check_fit(name: str, offset: tuple[int, ...], extent: tuple[int, ...], shape: tuple[int, ...]) -> None:

@@ -126,6 +126,13 @@ def _mismatches(claims: Iterable[tuple[str, torch.Tensor, EngineParameter | None
             yield f"{name} has shape {shape} where {claim.shape} is expected"
         elif parameter.element_size() == 1 and claim.dtype is None:
             yield f"{name} is quantised ({parameter.dtype}), and fmt.scale_block does not say in which blocks"
+        elif _is_quantisation(name, parameter) and str(parameter.dtype) != f"torch.{claim.dtype}":
+            yield f"{name} has dtype {parameter.dtype} where torch.{claim.dtype} is expected"
+
+
+def _is_quantisation(name: str, parameter: torch.Tensor) -> bool:
+    """Tell whether a parameter is a quantised weight or its scales: what is of no use in another dtype."""
+    return parameter.element_size() == 1 or name.endswith("_scale_inv")
 
 
 def _lacking(

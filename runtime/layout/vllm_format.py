@@ -40,6 +40,9 @@ class EngineRank:
     def __post_init__(self) -> None:
         for axis in ("tp", "pp", "dp"):
             rank, size = getattr(self, f"{axis}_rank"), getattr(self, f"{axis}_size")
+            if type(rank) is not int or type(size) is not int:
+                raise ConfigError(f"{axis}_rank={rank!r} and {axis}_size={size!r} must be integers")
+
             if not 0 <= rank < size:
                 raise ConfigError(f"{axis}_rank={rank} is not in an engine of {axis}_size={size}")
 
@@ -72,6 +75,7 @@ class EngineFormat:
         ``w2_weight_scale_inv``) of one float32 a block; ``None`` where they are not
     :ivar whole_shared_experts: DeepSeek's shared experts are whole on every rank; by default what vLLM does: with
         expert parallelism and both tensor and data parallelism (its sequence-parallel experts)
+    :raises ConfigError: for sizes that are no positive integers, and for an unknown placement
     """
 
     vocab_padding: int = 64
@@ -81,6 +85,25 @@ class EngineFormat:
     gate_first: bool = True
     scale_block: tuple[int, int] | None = None
     whole_shared_experts: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.expert_placement not in ("linear", "round_robin"):
+            raise ConfigError(f'expert_placement={self.expert_placement!r} must be "linear" or "round_robin"')
+
+        if not _is_positive(self.vocab_padding):
+            raise ConfigError(f"vocab_padding={self.vocab_padding!r} must be a positive integer")
+
+        block = self.scale_block
+        if block is not None and not (isinstance(block, tuple) and len(block) == 2 and all(map(_is_positive, block))):
+            raise ConfigError(f"scale_block={block!r} must be two positive integers, rows and columns")
+
+        layers = self.pp_layers
+        if layers is not None and not all(type(count) is int and count >= 0 for count in layers):
+            raise ConfigError(f"pp_layers={layers!r} must be counts of layers, one a stage")
+
+
+def _is_positive(size: object) -> bool:
+    return type(size) is int and size > 0
 
 
 #: vLLM's own choices.

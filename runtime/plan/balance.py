@@ -50,8 +50,8 @@ def choose_senders(demands: Sequence[Demand], places: Sequence[Place | None]) ->
     (same device, else same node) are asked, as long as that at most doubles the load they would have otherwise. Ties
     rotate over the holders, as the one chosen has less left.
 
-    :return: for each demand, one share a box; every sender's bytes are within about one part in 128, or 256 KiB, of
-        level
+    :return: for each demand, one share a box; every sender's bytes are within about one part in 128 of level, but for
+        boxes that would have to be cut into less than 256 KiB for each of their holders and are left whole
     """
     allowed = _choose_near(demands, places)
     quotas, loads = level_loads(_total(demands, allowed))

@@ -45,6 +45,9 @@ def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence
     one, with all who want them. Where no two sources overlap partly there is one cell for each pair of boxes that
     meet; where some do, the smaller box comes first, which leaves each cell the most holders to choose from.
 
+    Where sources hold the tensor in several dtypes, only those in the receivers' own dtype send, or, where none has
+    it, those in the widest: rounded elements are never mixed with exact ones by chance.
+
     :raises LayoutError: when global shapes disagree, a dtype cannot be cast, a box does not fit, boxes of one
         destination actor overlap without being equal, or elements are held by no source
     """
@@ -55,16 +58,28 @@ def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence
     held = _BoxIndex(_merge_actors((each.box, each.actors) for each in sources if each.box.numel))
     wanted = _merge_actors(((each.box, each.dtype), each.actors) for each in destinations if each.box.numel)
     receivers: dict[tuple[Box, str], tuple[int, ...]] = {}
-    holders: dict[Box, tuple[int, ...]] = {}
+    holders: dict[tuple[Box, str], tuple[int, ...]] = {}
+    mixed = len({each.dtype for each in sources}) > 1
     for (box, dtype), actors in wanted.items():
         for part, owners in _cut(tensor, box, held, actors):
-            holders[part] = owners
+            holders[part, dtype] = _of_best_dtype(sources, part, dtype) if mixed else owners
             receivers[part, dtype] = (*receivers.get((part, dtype), ()), *actors)
 
     return tuple(
-        Cell(box, dtype, holders[box], tuple(sorted(set(actors))), box.numel * ITEMSIZE[dtype])
+        Cell(box, dtype, holders[box, dtype], tuple(sorted(set(actors))), box.numel * ITEMSIZE[dtype])
         for (box, dtype), actors in receivers.items()
     )
+
+
+def _of_best_dtype(sources: Sequence[Holding], part: Box, wanted: str) -> tuple[int, ...]:
+    """Return the actors that hold all of ``part`` in the dtype wanted, or else in the widest that any has it in."""
+    by_dtype: dict[str, set[int]] = {}
+    for source in sources:
+        if source.box.contains(part):
+            by_dtype.setdefault(source.dtype, set()).update(source.actors)
+
+    best = max(by_dtype, key=lambda dtype: (dtype == wanted, ITEMSIZE[dtype], dtype))
+    return tuple(sorted(by_dtype[best]))
 
 
 class _BoxIndex:
@@ -214,10 +229,14 @@ def _check_dtypes(tensor: str, sources: Sequence[Holding], destinations: Sequenc
             if not is_castable(source.dtype, destination.dtype):
                 raise LayoutError(
                     f"{tensor!r} is {source.dtype} on {source.actors}, which is not cast to {destination.dtype} "
-                    f"on {destination.actors}",
+                    f"on {destination.actors}{_advice(destination.dtype)}",
                     tensor=tensor,
                     actors=(*source.actors, *destination.actors),
                 )
+
+
+def _advice(dtype: str) -> str:
+    return ": quantise at the source, by fp8.quantised()" if dtype == "float8_e4m3fn" else ""
 
 
 def _check_disjoint(tensor: str, destinations: Sequence[Holding]) -> None:

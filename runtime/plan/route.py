@@ -48,9 +48,10 @@ def is_castable(source: str, destination: str) -> bool:
     Tell whether a sender may cast elements of dtype ``source`` to ``destination``.
 
     Only within a kind (floating point, integer, complex, bool): across kinds a cast changes what a number means. Nor
-    from float8 to anything else: such a weight means something only with its scales, which a cast knows nothing of.
+    between float8 and anything else, one way or the other: such a weight means something only with its scales, which a
+    cast knows nothing of, and scales in float8_e8m0fnu are powers of two, to which no other scale can be rounded.
     """
-    if source.startswith("float8") and source != destination:
+    if source != destination and (source.startswith("float8") or destination.startswith("float8")):
         return False
 
     return _kind(source) == _kind(destination)

@@ -204,6 +204,7 @@ class Agent:
             case Close():
                 return _answered(self._close(request))
             case RunHook():
+                self._vote(request)
                 return _answered(HookDone(hook_seconds))
             case Abort():
                 self._give_up(request, request.reason)
@@ -380,6 +381,11 @@ class Agent:
         self._shadow_of = live
         return shadow
 
+    def _vote(self, request: RunHook) -> None:
+        """Refuse a commit that could not be made whole: its flip would write to what is no longer there."""
+        if request.hook == "before_commit" and self._in_shadow and self._memory is not None:
+            self._memory.require_still()
+
     def _commit(self, session: Session, request: Commit) -> Committed:
         with self._lock:
             run = session.current(request.run)
@@ -397,6 +403,9 @@ class Agent:
         """Copy what a run wrote to the shadow over the weights. On the actor's own thread: its methods wait for it."""
         if not self._in_shadow or self._shadow is None or not run.wrote:
             return 0.0
+
+        if self._memory is not None:
+            self._memory.require_still()
 
         was_torn, self._was_torn = self._was_torn, True
         seconds = self._shadow.flip(self._live, self._received.get(run.name.group, frozenset()))
@@ -505,7 +514,7 @@ def _digest(layout: Layout) -> str:
     for piece in layout.pieces:
         summary.update(repr(piece).encode())
 
-    summary.update(repr((layout.frozen, layout.computed)).encode())
+    summary.update(repr((layout.frozen, layout.computed, layout.sharing)).encode())
     return summary.hexdigest()
 
 

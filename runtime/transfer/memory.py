@@ -11,6 +11,7 @@ import torch
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.layout.sharing import find_sharing
 from wavecast.runtime.naming import Renames
 from wavecast.runtime.transfer.program import Cut
 from wavecast.runtime.transfer.segments import Strided
@@ -26,11 +27,15 @@ class Memory:
     The shards of one run, found by name.
 
     :param shards: as the actor's hook returned them, in order
+    :raises LayoutError: for views without plain memory of their own, and when they are on several devices
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = tuple(shards)
         self.device = _common_device(self.shards)
+        for shard in self.shards:
+            _require_plain(shard)
+
         self.signature = _signature(self.shards)
         # What was received: a cut may be passed on, and another shard of the same name may not have been written.
         self._written: dict[Cut, torch.Tensor] = {}
@@ -76,11 +81,33 @@ class Memory:
             and all(map(operator.is_, map(_DTYPE, views), self._dtypes))
         )
 
+    def require_still(self) -> None:
+        """
+        Make sure that the shards are what and where they were when this was made.
+
+        :raises LayoutError: naming one that is not
+        """
+        if self.holds_still(self.shards):
+            return
+
+        held = (shard for shard in self.shards if isinstance(shard.view, torch.Tensor))
+        before = zip(self._addresses, self._shapes, self._strides, self._dtypes, strict=True)
+        for shard, (address, shape, stride, dtype) in zip(held, before, strict=True):
+            view = shard.view
+            now = (view.data_ptr(), view.size(), view.stride(), view.dtype)  # type: ignore[union-attr]
+            if now != (address, shape, stride, dtype):
+                raise LayoutError(
+                    f"{shard.name!r} was changed during the sync: it was {dtype} of shape {tuple(shape)} "
+                    f"at {address:#x}, it is {now[3]} of shape {tuple(now[1])} at {now[0]:#x}",
+                    tensor=shard.name,
+                )
+
     def source(self, cut: Cut) -> torch.Tensor:
         """
         Return what holds ``cut``: the view it was received into last, if it was.
 
-        Otherwise of the first shard that has all of it; a computed one works it out now.
+        Otherwise of the first shard that has all of it, those in the cut's dtype before wider ones and those before
+        others; a computed one works it out now.
         """
         written = self._written.get(cut)
         if written is not None:
@@ -89,7 +116,7 @@ class Memory:
         shard = self._holders(cut)[0]
         if isinstance(shard.view, Computed):
             start = tuple(a - b for a, b in zip(cut.offset, shard.offset, strict=True))
-            return shard.view.read(Box(start, cut.extent))
+            return _require_promised(shard.view.read(Box(start, cut.extent)), shard.view, cut)
 
         return _narrow(shard.view, shard.offset, cut)
 
@@ -124,6 +151,11 @@ class Memory:
                 "the actor's layout is not the one that was planned",
                 tensor=cut.tensor,
             )
+
+        if len(shards) > 1:
+            # As the plan chose among actors: the dtype that travels, else the widest.
+            wanted = dtype_of(cut.dtype)
+            shards.sort(key=lambda shard: (shard.view.dtype != wanted, -shard.view.dtype.itemsize))
 
         return shards
 
@@ -179,12 +211,49 @@ def _by_name(shards: Sequence[Shard], names: Mapping[str, tuple[str, ...]]) -> d
     return found
 
 
+def _require_promised(found: object, computed: Computed, cut: Cut) -> torch.Tensor:
+    """Refuse what a user's ``read`` returned if it is not what its shard has said: a cast would hide it."""
+    if not isinstance(found, torch.Tensor):
+        given = type(found).__name__
+    elif tuple(found.shape) != cut.extent or found.dtype != computed.dtype:
+        given = f"{tuple(found.shape)} in {found.dtype}"
+    else:
+        return found
+
+    raise LayoutError(
+        f"the computed shard of {cut.tensor!r} returned {given} where {cut.extent} in {computed.dtype} was asked for",
+        tensor=cut.tensor,
+    )
+
+
 def _narrow(view: torch.Tensor, offset: tuple[int, ...], cut: Cut) -> torch.Tensor:
     for dim, (start, length) in enumerate(zip(cut.offset, cut.extent, strict=True)):
         if length != view.shape[dim]:
             view = view.narrow(dim, start - offset[dim], length)
 
     return view
+
+
+def _require_plain(shard: Shard) -> None:
+    """Refuse a view of which not every element is memory of its own, as it looks."""
+    view = shard.view
+    if isinstance(view, Computed):
+        return
+
+    why = ""
+    if not isinstance(view, torch.Tensor):
+        why = f"is of type {type(view).__name__}, not a torch.Tensor"
+    elif type(view).__name__ == "DTensor":
+        why = "is a DTensor, whose local part alone is memory: use the dtensor adapter"
+    elif view.is_meta:
+        why = "is on the meta device, without memory"
+    elif view.is_conj() or view.is_neg():
+        why = "is conjugated or negated as it is read: resolve it first"
+    elif 0 in view.stride() and any(n > 1 and not step for n, step in zip(view.shape, view.stride(), strict=True)):
+        why = "is expanded: several of its elements are one in memory"
+
+    if why:
+        raise LayoutError(f"the view of {shard.name!r} {why}", tensor=shard.name)
 
 
 def _common_device(shards: Sequence[Shard]) -> torch.device:
@@ -197,7 +266,8 @@ def _common_device(shards: Sequence[Shard]) -> torch.device:
 
 def _signature(shards: Sequence[Shard]) -> tuple[object, ...]:
     """Sum up what the shards are: equal signatures mean that the layout is what it was."""
-    return tuple(
+    sharing = find_sharing(shard.view if isinstance(shard.view, torch.Tensor) else None for shard in shards)
+    return sharing, tuple(
         (
             shard.name,
             shard.offset,

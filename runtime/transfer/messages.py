@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from wavecast.runtime.layout.shard import Layout, Place
+from wavecast.runtime.layout.sharing import NOT_SHARED, Sharing
 from wavecast.runtime.transfer.program import PackedProgram
 
 __all__ = (
@@ -210,6 +211,9 @@ class RunHook:
     """
     Calls a hook of the user's, on an actor that has said it has one.
 
+    ``"before_commit"`` is the vote as well: what the actor answers says whether it can commit. Destinations that are
+    staged in shadow are asked for it with or without a hook.
+
     :ivar hook: ``"before_commit"``, or what ends the run: ``"after_commit"``, ``"after_abort"``
     """
 
@@ -343,11 +347,13 @@ class Described:
     :ivar parts: pickled tuples of pieces, in order: unpickling a large layout at once would hold up the driver's loop
     :ivar frozen: as :attr:`Layout.frozen`
     :ivar computed: as :attr:`Layout.computed`
+    :ivar sharing: as :attr:`Layout.sharing`
     """
 
     parts: tuple[bytes, ...]
     frozen: tuple[str, ...]
     computed: tuple[str, ...] = ()
+    sharing: Sharing = NOT_SHARED
 
     @classmethod
     def of(cls, layout: Layout) -> Described:
@@ -360,12 +366,13 @@ class Described:
             ),
             layout.frozen,
             layout.computed,
+            layout.sharing,
         )
 
     def layout(self) -> Layout:
         """Return what it says."""
         pieces = tuple(piece for part in self.parts for piece in pickle.loads(part))
-        return Layout(pieces, frozen=self.frozen, computed=self.computed)
+        return Layout(pieces, frozen=self.frozen, computed=self.computed, sharing=self.sharing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -437,6 +437,8 @@ class Session:
     def _finish(self, run: Run, deadline: Deadline) -> Finished:
         """Wait until all that was written is in place; return the sums of the run's steps."""
         program, staging, puller = self._loaded(), self._staging, self._puller
+        # Looked at while the device is still at work. What was read or written then was not the user's tensor any more.
+        run.memory.require_still()
         if staging is not None:
             staging.finish(deadline)
 

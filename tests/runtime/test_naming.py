@@ -12,6 +12,7 @@ from wavecast.runtime.carriers import Carriers
 from wavecast.runtime.errors import ConfigError, LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece, Shard, describe
+from wavecast.runtime.layout.sharing import Sharing
 from wavecast.runtime.layout.views import NameMap
 from wavecast.runtime.naming import name_layouts
 from wavecast.runtime.options import SyncOptions
@@ -90,7 +91,7 @@ def test_equal_layouts_are_renamed_once_and_stay_one_object() -> None:
 
 
 def test_what_is_frozen_is_renamed_and_trained_where_any_of_its_memory_is() -> None:
-    layout = held("a", "b", "c", frozen=("a", "b"))
+    layout = replace(held("a", "b", "c", frozen=("a", "b")), sharing=Sharing(same=((1, 2),)))
     naming = name_layouts([layout], [held("x")], source_names={"a": "x", "b": "y", "c": "y"})
     assert naming.sources[0].frozen == ("x",)
 

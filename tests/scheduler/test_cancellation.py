@@ -159,6 +159,30 @@ async def test_a_future_cancelled_by_somebody_else_is_a_failure_not_a_hang() -> 
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("deadline", [None, 60.0])
+@pytest.mark.parametrize("which", [0, 2])
+async def test_a_dispatch_that_looks_into_a_cancelled_future_has_failed(which: int, deadline: float | None) -> None:
+    future = asyncio.get_running_loop().create_future()
+    future.cancel()
+    chain = [Task(id, (0,), (1,), 1) for id in range(5)]
+
+    async def nothing() -> None:
+        pass
+
+    def dispatch(task: Task) -> Awaitable[None]:
+        if task.id == which:
+            future.result()
+
+        return nothing()
+
+    with pytest.raises(TaskFailed) as caught:
+        await run(plan_waves(chain), dispatch, deadline=deadline)
+
+    assert caught.value.task.id == which
+    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_plain_asyncio_cancel_aborts_too() -> None:
     actors = Actors()
     task = asyncio.create_task(run(plan_waves(TASKS), actors.dispatch, abort=actors.abort))

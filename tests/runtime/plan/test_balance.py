@@ -92,8 +92,9 @@ def test_senders_are_level_within_a_box_and_the_slack(data: st.DataObject) -> No
 
     _, loads = level_loads(totals)
     found = sent(demands, choose_senders(demands, [None] * 10))
-    # A box too small to cut, or one row, may stick out, at most once for each set of holders an actor is in.
-    coarse = max(max(demand.nbytes // demand.rows for demand in demands), 512 << 10)
+    # A box may stick out, at most once for each set of holders an actor is in: it stays whole where the holder with the
+    # most room could take less than 256 KiB of it, and so could, but for a row, each of the others.
+    coarse = max(len(demand.holders) * ((256 << 10) + demand.nbytes // demand.rows) for demand in demands)
     assert max(found.values()) <= max(loads.values()) * (1 + 1 / 64) + coarse * len(totals)
 
 

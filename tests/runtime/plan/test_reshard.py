@@ -323,7 +323,10 @@ def test_the_collector_is_left_as_it_was(kit) -> None:
     ("source", "destination", "castable"),
     [
         ("float32", "bfloat16", True),
-        ("bfloat16", "float8_e4m3fn", True),
+        ("bfloat16", "float8_e4m3fn", False),
+        ("float32", "float8_e8m0fnu", False),
+        ("float8_e8m0fnu", "float32", False),
+        ("float8_e8m0fnu", "float8_e8m0fnu", True),
         ("int64", "uint8", True),
         ("float32", "int32", False),
         ("bool", "bool", True),
