@@ -244,6 +244,7 @@ def measure_scale(largest: int) -> list[dict[str, object]]:
                 Task(id, (rng.randrange(512),), tuple(512 + a for a in rng.sample(range(512), 4)), 64 << 20)
                 for id in range(count)
             ],
+            "mixed, of 2 to 4 members, any size": [_mixed(id, rng) for id in range(count)],
         }
         for kind, tasks in kinds.items():
             for strategy in ("first_fit", "largest_first", "edge_coloring", "auto"):
@@ -278,6 +279,11 @@ def peak_nbytes(tasks: Sequence[Task], strategy: str) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def _mixed(id: int, rng: random.Random) -> Task:
+    sender, *receivers = rng.sample(range(1024), rng.randint(2, 4))
+    return Task(id, (sender,), tuple(receivers), rng.randrange(1, 1 << 28))
 
 
 def _pair(id: int, rng: random.Random, nbytes: int) -> Task:

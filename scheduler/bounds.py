@@ -32,9 +32,16 @@ def lower_bound(graph: TaskGraph) -> Bound:
 
     The bound on waves is the largest of: tasks on the busiest port; tasks in the longest chain of dependencies; in a
     connected part, tasks over the most that fit beside each other, and those that each take more than half its ports;
-    and one-to-one tasks within three ports (Shannon's triangle). O(memberships) and a sort; triangles are given up on
-    graphs with too many.
+    and one-to-one tasks within three ports (Shannon's triangle). O(memberships) and a sort, once a graph; triangles are
+    given up on graphs with too many.
     """
+    if not graph.bound_found:
+        graph.bound_found.append(_find_bound(graph))
+
+    return graph.bound_found[0]
+
+
+def _find_bound(graph: TaskGraph) -> Bound:
     waves = max(max(graph.degrees(), default=0), max(graph.depths(), default=-1) + 1)
     rooms = _part_room(graph)
     packed = max((-(-count // beside) for _, beside, count, _ in rooms), default=0)

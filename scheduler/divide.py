@@ -92,7 +92,8 @@ def plan_divisible(
     Starts with whole tasks and takes a quarter off the chunk size until the sum of the waves' largest chunks is within
     ``max_gap`` of what no cutting can go below (:func:`~wavecast.scheduler.bounds.divisible_nbytes`; mostly the busiest
     port's bytes), or chunks would fall below ``min_chunk_bytes``. The best schedule met is returned: of the smallest
-    such sum, or with ``cost`` of the fewest seconds, if all wait for the longest of a wave.
+    such sum, or with ``cost`` of the fewest seconds, if all wait for the longest of a wave. The sizes tried are a grid:
+    one between them may be better.
 
     Sizes between that cannot get there, or be better than the best so far, whatever the colouring, are skipped
     (:func:`~wavecast.scheduler.bounds.uncut_nbytes`). A size is tried with ``largest_first``, which is fast and often
@@ -102,7 +103,9 @@ def plan_divisible(
     ``strategy`` on whole tasks alone. After these come pieces of any number of ``min_chunk_bytes``: in rounds of the
     longest that is left (:func:`~wavecast.scheduler.leveling.level_rounds`), then, for small plans, in rounds of the
     shortest sum there is (:func:`~wavecast.scheduler.relaxation.relax`), whose own bound may show that there is no more
-    to gain.
+    to gain. That is tried for at most 400 different sets of ports and given up after a count of steps, so that
+    ``max_gap`` is a goal and not a promise: compare the result with
+    :func:`~wavecast.scheduler.bounds.divisible_nbytes`.
 
     A piece comes after all pieces of the tasks that its task comes after.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.task import Task
+
+if TYPE_CHECKING:
+    from wavecast.scheduler.bounds import Bound
 
 __all__ = ("PortModel", "TaskGraph", "build_graph")
 
@@ -35,6 +38,8 @@ class TaskGraph:
     after: tuple[tuple[int, ...], ...]
     order: Sequence[int]
     port_names: tuple[str, ...]
+    #: What :func:`~wavecast.scheduler.bounds.lower_bound` found, once it was asked: strategies and their caller all do.
+    bound_found: list[Bound] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def n_ports(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, fsum
 
+from wavecast.scheduler.bounds import divisible_nbytes
 from wavecast.scheduler.leveling import level_rounds
 from wavecast.scheduler.ports import TaskGraph
 
@@ -48,7 +49,7 @@ def relax(graph: TaskGraph, *, unit: int = 1, bound_enough: float = float("inf")
     Sets enter by the simplex method, in each step the dearest one at the prices of now, found by branch and bound over
     the tasks of each first port. Tasks of the same ports count as one. It stops when sum and bound are within half a
     per cent of each other, or after a count of steps, so that it gives the same everywhere: mostly well under a second,
-    ten seconds at most. Not begun for tasks of more than 400 different sets of ports.
+    some seconds at worst. Not begun for tasks of more than 400 different sets of ports.
 
     :param unit: bytes of a unit; each task counts as a whole number of these in the rounds
     :param bound_enough: stop when the bound is at least so many bytes
@@ -92,6 +93,8 @@ def relax(graph: TaskGraph, *, unit: int = 1, bound_enough: float = float("inf")
 
         master.enter(chosen)
 
+    # What needs no prices holds too, and may be all there is when the steps were over early.
+    bound = max(bound, divisible_nbytes(graph))
     # Whole bytes, and what a float lacks in precision must not make them too many.
     return Relaxation(ceil(bound * (1 - _EPSILON)), tuple(_whole(graph, members, master, unit)))
 
