@@ -154,6 +154,11 @@ class Session:
             idle = self.lane.submit(lambda: _come_to_rest(puller, staging))
             if not wait((idle,), timeout=_GRACE_SECONDS).done:
                 # Stuck in the transport, where it can do no harm: the run's check stops it before it writes.
+                # Its mappings stay with it, to be given back once it is free: no two threads use one puller.
+                if puller is not None:
+                    self.lane.submit(puller.close)
+                    self._puller = None
+
                 self.lane.close()
                 self._waits.close()
                 self.lane = Lane("wavecast-transfer")
