@@ -123,11 +123,14 @@ class Life(RuleBasedStateMachine):
         struck.injector.arm(None)
         self.dead = struck if cell.fault == "kill" else None
         of_struck, of_others = cell.versions
+        if "new" in cell.versions:
+            # Where there are no others, the struck engine's neighbour has it: no later version may be as low.
+            self.newest = version
+
         for index in range(len(self.model)):
             word = of_struck if index == 0 else of_others
             if word == "new":
                 self.model[index] = Whole(version, value)
-                self.newest = version
             elif word == "torn":
                 self.model[index] = None
 
