@@ -113,11 +113,17 @@ class ModelConfig:
         """
         Read the mapping of a ``config.json``; keys left out have Transformers' defaults, or are asked for.
 
+        ``q_lora_rank`` left out, or null, means that queries are projected in one step: Transformers writes it into
+        every ``config.json``, with its default too.
+
         Multi-token-prediction layers (``num_nextn_predict_layers``) are left out, as Transformers leaves them.
 
         :raises ConfigError: for an unknown architecture, or a key that is missing, mistyped or at odds with another;
             the message names the key and its value
         """
+        if not isinstance(mapping, Mapping):
+            raise ConfigError(f"a configuration is a mapping of keys to values, not {type(mapping).__name__}")
+
         reader = _Reader(mapping)
         family = _family(mapping)
         config = _FAMILIES[family](_base(reader, family), reader)

@@ -77,6 +77,11 @@ def flat_shards(
     if flat.dim() != 1 or start < 0:
         raise LayoutError(f"a flat range needs one dim and a start of at least 0, not {tuple(flat.shape)} at {start}")
 
+    parameters = tuple(parameters)
+    for name, sizes in parameters:
+        if any(size < 0 for size in sizes):
+            raise LayoutError(f"parameter {name!r} has shape {tuple(sizes)}", tensor=name or "")
+
     found: list[Shard] = []
     stop = start + flat.shape[0]
     first = 0

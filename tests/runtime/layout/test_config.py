@@ -182,3 +182,9 @@ def test_whatever_a_key_holds_the_answer_is_a_model_or_a_config_error(name, data
         assert isinstance(ModelConfig.from_dict(mapping), ModelConfig)
     except ConfigError:
         pass
+
+
+@pytest.mark.parametrize("mapping", [None, [], "x"])
+def test_a_configuration_that_is_no_mapping_is_refused(mapping: object) -> None:
+    with pytest.raises(ConfigError, match=f"not {type(mapping).__name__}"):
+        ModelConfig.from_dict(mapping)  # type: ignore[arg-type]
