@@ -234,4 +234,4 @@ def test_zero3_and_fsdp1_tell_what_is_trained_by_their_parameters():
 
 def test_a_parameter_of_a_negative_size_is_refused() -> None:
     with pytest.raises(LayoutError, match=r"parameter 'w' has shape \(-2, 3\)"):
-        flat_shards(torch.zeros(4), [("w", (-2, 3))])
+        flat.flat_shards(torch.zeros(4), [("w", (-2, 3))])
