@@ -598,36 +598,6 @@ async def test_in_shadow_the_weights_stay_whole_until_the_commit(machine: Machin
 # Mappings.
 
 
-async def test_every_mapping_is_given_back_when_the_group_is_closed(machine: Machine) -> None:
-    stage = GpuStage(machine)
-    async with group_of(stage) as group:
-        await warm(stage, group)
-        kept_open = machine.opened.total()
-        assert kept_open > 0
-        await group.sync()
-        assert machine.opened.total() == kept_open
-        corrupt(machine, stage.replicas[0][0])
-        with pytest.raises(ChecksumMismatch):
-            await group.sync()
-
-        for number in range(3):
-            for actor in stage.trainers:
-                move(holder(actor).matrix, POISON)
-
-            stage.renew(number)
-            await group.sync()
-            assert stage.arrived()
-            # Memory that moved may lie in another page, but nothing stays open twice.
-            assert set(machine.opened.values()) <= {0, 1}
-
-        lanes = stage.lanes()
-
-    for lane in lanes:
-        lane.join(5)
-
-    assert machine.opened.total() == 0
-
-
 async def test_a_receiver_that_cannot_map_a_sender_gets_its_bytes_over_the_communicator(machine: Machine) -> None:
     stage = GpuStage(machine)
     machine.refused.add(3)
