@@ -44,7 +44,7 @@ from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskRece
 __all__ = ("Progress", "SyncRequest", "Known", "SyncRun", "compare_checksums")
 
 #: After the deadline: to end what is running on the actors.
-_ABORT_SECONDS = 0.7
+_ABORT_SECONDS = 0.5
 _PRECEDENCE_SECONDS = 0.1
 #: How much later than a step's the failure of a begin may come that is its cause.
 _BEGIN_SECONDS = 0.05
