@@ -13,12 +13,15 @@ import anyio
 
 from wavecast.runtime import errors
 from wavecast.runtime.cluster import ActorHandle, RayActors, require_event_loop
+from wavecast.runtime.known import Known
 from wavecast.runtime.members import Members
 from wavecast.runtime.model_group import ModelGroup
+from wavecast.runtime.opening import ask_versions
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Only
 from wavecast.runtime.report import ReplicaVersion, SyncReport
-from wavecast.runtime.sync_run import Known, Progress, SyncRequest, SyncRun
+from wavecast.runtime.request import Progress, SyncRequest
+from wavecast.runtime.sync_run import SyncRun
 from wavecast.runtime.turns import Turns
 from wavecast.runtime.versions import Versions
 
@@ -334,7 +337,7 @@ class ParameterSyncGroup:
         start = len(numbers)
         source_names, own_names = self._known.names
         names = (own_names if source == "peer" else source_names, own_names)
-        known = Known(actors, start, (range(start, start + len(replica)),), Versions(1), names=names)
+        known = Known(actors, start, (range(start, start + len(replica)),), Versions(1), self._options, names=names)
         known.layouts = dict(self._known.layouts)
         known.versions.set(0, self._versions[index])
         name = secrets.token_hex(16)
@@ -419,7 +422,7 @@ class ParameterSyncGroup:
         run = self._enter(request, self._known, self._name)
         try:
             with run.scope:
-                await run.ask_versions()
+                await ask_versions(self._known)
                 return
 
             raise self._over(run)
@@ -434,7 +437,7 @@ class ParameterSyncGroup:
     def _enter(self, request: SyncRequest, known: Known, name: str) -> SyncRun:
         self._require_open()
         self._ended = anyio.Event()
-        self._run = SyncRun(request, name, known, self._options)
+        self._run = SyncRun(request, name, known)
         return self._run
 
     def _leave(self) -> None:
@@ -464,7 +467,14 @@ class ParameterSyncGroup:
 
     def _know(self, members: Members) -> Known:
         names = (members.source.names, members.destination.names)
-        return Known(RayActors(members.actors), len(members.trainers), members.replicas, self._versions, names=names)
+        return Known(
+            RayActors(members.actors),
+            len(members.trainers),
+            members.replicas,
+            self._versions,
+            self._options,
+            names=names,
+        )
 
     async def _change(self, members: Members, seconds: float) -> None:
         """Take on other members: whoever left is let go, the others keep what they hold until it does not fit."""

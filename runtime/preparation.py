@@ -45,6 +45,7 @@ class Preparation:
     :ivar edges: sender and receiver of one-to-one tasks whose bytes a communicator moves, in schedule order
     :ivar pulls: sender and receiver of tasks that the receiver pulls, in schedule order
     :ivar pulled_nbytes: bytes that are pulled, of ``plan.nbytes``
+    :ivar tensors: how many logical tensors are sent
     :ivar left_out: tensors of the destinations of which nothing is sent, in their order: not selected, or without a
         source and allowed to be
     :ivar reshard_seconds: to find the routes
@@ -63,6 +64,7 @@ class Preparation:
     edges: tuple[tuple[int, int], ...]
     pulls: tuple[tuple[int, int], ...]
     pulled_nbytes: int
+    tensors: int
     left_out: tuple[str, ...]
     reshard_seconds: float
     schedule_seconds: float
@@ -155,6 +157,7 @@ def prepare(
         edges=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in moved)),
         pulls=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in fetched)),
         pulled_nbytes=sum(task.nbytes for task in fetched),
+        tensors=len(sent),
         left_out=tuple(name for name in wanted if name not in sent),
         reshard_seconds=resharded - start,
         schedule_seconds=time.perf_counter() - resharded,

@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import anyio
-import anyio.to_thread
+import anyio.lowlevel
 
 from wavecast.runtime import errors
-from wavecast.runtime.carriers import Ability, Carriers, choose_carriers
-from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.commit import CommitPhase
-from wavecast.runtime.connection import Connection
-from wavecast.runtime.layout.shard import Layout
-from wavecast.runtime.layout.views import NameMap
-from wavecast.runtime.naming import Naming, name_layouts
+from wavecast.runtime.integrity import compare_checksums, validate
+from wavecast.runtime.known import Known
+from wavecast.runtime.opening import ask_versions, begin
 from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.preparation import Only, Preparation, prepare, select_names
-from wavecast.runtime.report import HookSeconds, PhaseSeconds, SyncReport
+from wavecast.runtime.preparation import Preparation
+from wavecast.runtime.report import HookSeconds, SyncReport
+from wavecast.runtime.reporting import make_report
+from wavecast.runtime.request import SyncRequest
 from wavecast.runtime.stopwatch import Stopwatch
-from wavecast.runtime.transfer.messages import (
-    Began,
-    Begin,
-    Compare,
-    Describe,
-    Described,
-    Done,
-    Excerpt,
-    Finished,
-    Probe,
-    RunId,
-    RunStep,
-    Standing,
-    Status,
-    StepDone,
-)
-from wavecast.runtime.versions import Versions
-from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskReceipt, TaskTimeout, run
+from wavecast.runtime.transfer.messages import Began, Finished, RunId, RunStep, StepDone
+from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskTimeout, run
 
-__all__ = ("Progress", "SyncRequest", "Known", "SyncRun", "compare_checksums")
+__all__ = ("SyncRun",)
 
 #: After the deadline: to end what is running on the actors.
 _ABORT_SECONDS = 0.5
@@ -49,79 +30,22 @@ _PRECEDENCE_SECONDS = 0.1
 #: How much later than a step's the failure of a begin may come that is its cause.
 _BEGIN_SECONDS = 0.05
 
-Progress = Callable[[TaskReceipt], object]
-
 
 @dataclass(frozen=True, slots=True)
-class SyncRequest:
+class _Moved:
     """
-    What one call of ``sync()`` asked for.
+    A run whose bytes have arrived.
 
-    :ivar version: ``None``: one more than the newest
-    :ivar deadline: seconds for the whole call
-    :ivar waited: how many of them had passed before this run of it
-    :ivar from_peer: the sources are another replica's actors, whose hooks are left alone
+    :ivar began: what each actor said at its begin
+    :ivar since: when the first byte may have left
     """
 
-    version: int | None
-    deadline: float
-    only: Only
-    validate: bool
-    dry_run: bool
-    progress: Progress | None
-    waited: float = 0.0
-    from_peer: bool = False
-
-    @property
-    def seconds_left(self) -> float:
-        """What is left of the deadline as the run begins."""
-        return max(self.deadline - self.waited, 0.001)
-
-
-class Known:
-    """
-    What earlier syncs of the same actors found out and need not find out again.
-
-    :ivar sources: how many of the actors, from the first on, are sources
-    :ivar replicas: the numbers of the actors of each replica
-    :ivar versions: of the replicas
-    :param names: the name maps of both sides
-    :ivar layouts: by digest
-    :ivar naming: the last layouts under logical names, with what they were made of
-    :ivar prepared: the last preparation, with what it was made for
-    :ivar refused: pairs of sender and receiver of which the receiver could not map the sender's memory
-    :ivar paused: some actor has a hook to run before anything moves
-    """
-
-    def __init__(
-        self,
-        actors: RayActors,
-        sources: int,
-        replicas: tuple[range, ...],
-        versions: Versions,
-        *,
-        names: tuple[NameMap | None, NameMap | None],
-    ) -> None:
-        self.actors = actors
-        self.sources = sources
-        self.replicas = replicas
-        self.versions = versions
-        self.names = names
-        self.connection = Connection(actors)
-        self.layouts: dict[str, Layout] = {}
-        self.naming: tuple[tuple[object, ...], Naming] | None = None
-        self.prepared: tuple[tuple[object, ...], Preparation] | None = None
-        self.refused: frozenset[tuple[int, int]] = frozenset()
-        self.paused = False
-        self._chosen: tuple[object, Carriers] | None = None
-
-    def carriers(self, wanted: str, abilities: tuple[Ability, ...]) -> Carriers:
-        """Return the ways open to the actors, as :func:`choose_carriers` finds them."""
-        if self._chosen is None or self._chosen[0] != (abilities, self.refused):
-            carriers = choose_carriers(wanted, abilities, refused=self.refused)
-            self._chosen = ((abilities, self.refused), carriers)
-
-        return self._chosen[1]
+    began: list[Began]
+    preparation: Preparation
+    outcome: RunReport
+    since: float
+    planned: bool = False
+    connected: bool = False
 
 
 class SyncRun:
@@ -134,7 +58,7 @@ class SyncRun:
     :ivar version: the one on its way, once it is known
     """
 
-    def __init__(self, request: SyncRequest, group: str, known: Known, options: SyncOptions) -> None:
+    def __init__(self, request: SyncRequest, group: str, known: Known) -> None:
         self.request = request
         self.watch = Stopwatch()
         self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.seconds_left)
@@ -143,7 +67,7 @@ class SyncRun:
         # By the clock: also a driver that was started anew comes after the one before.
         self._name = RunId(group, time.time_ns())
         self._known = known
-        self._options = options
+        self._options: SyncOptions = known.options
         self._actors = known.actors
         self._sources = known.sources
         self._connection = known.connection
@@ -160,55 +84,49 @@ class SyncRun:
 
         :raises SyncError: the class that fits
         """
-        watch, request = self.watch, self.request
-        start = time.perf_counter()
-        early = self._preparation = self._expected()
-        if early is not None:
-            self.version = self._known.versions.next(request.version)
+        moved = await self._run_ahead() or await self._run_in_order()
+        if not self.request.dry_run:
+            with self.watch.measure("verify"):
+                await self._verify(moved.preparation)
 
-        ahead = await self._run_ahead(early) if early is not None else None
-        if early is not None and ahead is not None:
-            preparation, planned, connected = early, False, False
-            began, outcome = ahead
-        else:
-            with watch.measure("describe"):
-                began = await self._open()
-                await self._learn_layouts(began)
+        with self.watch.measure("commit"):
+            hooks = await self._commit_everywhere(moved)
 
-            preparation, planned, connected = await self._make_ready(began)
-            self._preparation = preparation
-            start = time.perf_counter()
-            outcome = RunReport(0.0, ())
-            if not request.dry_run:
-                with watch.measure("transfer"):
-                    outcome = await self._transfer(preparation)
+        return self._report(moved, hooks)
 
-        if not request.dry_run:
-            with watch.measure("verify"):
-                if self._options.checksum:
-                    compare_checksums(self._finished, preparation)
+    async def _run_in_order(self) -> _Moved:
+        """Begin, plan and connect what has changed, and transfer: each once the one before is through."""
+        known, watch = self._known, self.watch
+        with watch.measure("describe"):
+            began = await self._open()
+            await known.learn_layouts(self._name, began)
 
-                if request.validate:
-                    await self._validate(preparation)
+        preparation, planned, connected = await self._make_ready(began)
+        self._preparation = preparation
+        since = time.perf_counter()
+        outcome = RunReport(0.0, ())
+        if not self.request.dry_run:
+            with watch.measure("transfer"):
+                outcome = await self._transfer(preparation)
 
-        with watch.measure("commit"):
-            if self._options.release_communicators and self._connection.transport:
-                await self._connection.release(self._name)
+        return _Moved(began, preparation, outcome, since, planned, connected)
 
-            in_shadow = self._options.staging == "shadow"
-            # In place the bytes are there already: who has them all may as well say so.
-            voters = range(self._sources, len(self._actors)) if in_shadow else ()
-            commit = self._commit = CommitPhase(self._actors, self._name, began, request.dry_run, voters)
-            hooks = await commit.go_through(self._versions_to_commit())
+    async def _verify(self, preparation: Preparation) -> None:
+        if self._options.checksum:
+            compare_checksums(self._finished, preparation)
 
-        report = self._report(preparation, outcome, planned=planned, connected=connected, device=began[-1].place.device)
-        return replace(
-            report,
-            staging=self._options.staging,
-            shadow_bytes=max(reply.shadow_bytes for reply in began),
-            pause_seconds=self._pause_seconds(start, hooks),
-            hooks=hooks,
-        )
+        if self.request.validate:
+            await validate(self._actors, self._name, preparation)
+
+    async def _commit_everywhere(self, moved: _Moved) -> HookSeconds:
+        if self._options.release_communicators and self._connection.transport:
+            await self._connection.release(self._name)
+
+        # In place the bytes are there already: who has them all may as well say so.
+        in_shadow = self._options.staging == "shadow"
+        voters = range(self._sources, len(self._actors)) if in_shadow else ()
+        self._commit = CommitPhase(self._actors, self._name, moved.began, self.request.dry_run, voters)
+        return await self._commit.go_through(self._versions_to_commit())
 
     def _expected(self) -> Preparation | None:
         """
@@ -228,52 +146,30 @@ class SyncRun:
         staged = preparation.edges or preparation.groups
         return preparation if names is None and not staged and self._connection.serves(preparation) else None
 
-    async def _run_ahead(self, preparation: Preparation) -> tuple[list[Began], RunReport] | None:
+    async def _run_ahead(self) -> _Moved | None:
         """
-        Begin and transfer at once; return nothing, with the run ended, when the actors turn out to hold other layouts.
+        Begin and transfer at once; return nothing where that cannot be, or the actors turn out to hold other layouts.
+
+        Of a run that is not to be nothing is left when this returns.
 
         :raises SyncError: the failure of the begin, if there was one, else that of the transfer
         """
-        found: list[Began] = []
-        refusals: list[errors.SyncError] = []
-        given_up: list[errors.SyncError] = []
-        failures: list[errors.SyncError] = []
-        moving = anyio.CancelScope()
+        preparation = self._preparation = self._expected()
+        if preparation is None:
+            return None
 
-        async def begin() -> None:
-            try:
-                found.extend(await self._begin())
-            except errors.SyncError as error:
-                # One that was given up because a step had failed has nothing to tell.
-                (given_up if isinstance(error, errors.SyncAborted) else refusals).append(error)
-
-            if not self._fits(found, preparation):
-                moving.cancel()
-
-        outcome: RunReport | None = None
+        self.version = self._known.versions.next(self.request.version)
+        since = time.perf_counter()
         with self.watch.measure("transfer"):
-            async with anyio.create_task_group() as group:
-                group.start_soon(begin)
-                with moving:
-                    # The begins leave first: an actor takes its calls in the order in which they were sent.
-                    await anyio.lowlevel.checkpoint()
-                    try:
-                        outcome = await self._transfer(preparation)
-                    except errors.SyncError as error:
-                        failures.append(error)
-                        # What failed may be a begin, which then tells more.
-                        await anyio.sleep(_BEGIN_SECONDS)
-                        group.cancel_scope.cancel()
+            began, outcome, failure = await self._begin_and_transfer(preparation)
 
-        if refusals:
-            raise refusals[0]
+        if outcome is not None and self._fits(began, preparation):
+            return _Moved(began, preparation, outcome, since)
 
-        if outcome is not None and self._fits(found, preparation):
-            return found, outcome
-
-        changed = len(found) == len(self._actors) and not self._fits(found, preparation)
-        if (failures or given_up) and not changed:
-            raise (failures or given_up)[0]
+        # A step of other layouts fails by itself, and may do so long before its peers say that they begin.
+        changed = isinstance(failure, errors.LayoutError) or len(began) == len(self._actors)
+        if failure is not None and not (changed and not self._fits(began, preparation)):
+            raise failure
 
         await self.abort("the actors hold other layouts than the last time")
         self._name = RunId(self._name.group, time.time_ns())
@@ -281,14 +177,54 @@ class SyncRun:
         self._finished = {}
         return None
 
+    async def _begin_and_transfer(
+        self, preparation: Preparation
+    ) -> tuple[list[Began], RunReport | None, errors.SyncError | None]:
+        """
+        Return what the actors said, what became of the transfer, and why the run cannot stand.
+
+        :raises SyncError: the failure of a begin: it tells more than a step's
+        """
+        began: list[Began] = []
+        refusals: list[errors.SyncError] = []
+        failures: list[errors.SyncError] = []
+        moving = anyio.CancelScope()
+
+        async def begin_all() -> None:
+            try:
+                began.extend(await self._begin())
+            except errors.SyncError as error:
+                # One that was given up because a step had failed has nothing to tell.
+                (failures if isinstance(error, errors.SyncAborted) else refusals).append(error)
+
+            if not self._fits(began, preparation):
+                moving.cancel()
+
+        outcome: RunReport | None = None
+        async with anyio.create_task_group() as group:
+            group.start_soon(begin_all)
+            with moving:
+                # The begins leave first: an actor takes its calls in the order in which they were sent.
+                await anyio.lowlevel.checkpoint()
+                try:
+                    outcome = await self._transfer(preparation)
+                except errors.SyncError as error:
+                    failures.insert(0, error)
+                    # What failed may be a begin, which then tells more.
+                    await anyio.sleep(_BEGIN_SECONDS)
+                    group.cancel_scope.cancel()
+
+        if refusals:
+            raise refusals[0]
+
+        return began, outcome, failures[0] if failures else None
+
     def _fits(self, began: list[Began], preparation: Preparation) -> bool:
         """Tell whether the actors are as they were when ``preparation`` was made, where they were, and not ahead."""
-        known = self._known.prepared
         return (
             len(began) == len(self._actors)
             and not self._overtaken()
-            and known is not None
-            and known[0] == self._key(began, None)
+            and self._known.holds_for(began)
             and self._connection.knows(preparation, [reply.addresses for reply in began])
         )
 
@@ -365,7 +301,9 @@ class SyncRun:
         """Plan and connect; where a receiver cannot map a sender's memory, once more without."""
         while True:
             with self.watch.measure("plan"):
-                preparation, planned = await self._prepare(began, self.request.only)
+                preparation, planned = await self._known.prepare(
+                    began, self.request.only, from_peer=self.request.from_peer
+                )
 
             try:
                 with self.watch.measure("connect"):
@@ -388,15 +326,6 @@ class SyncRun:
     def _seconds_left(self) -> float:
         return max(self._ends - time.monotonic(), 0.001)
 
-    def _pause_seconds(self, start: float, hooks: HookSeconds) -> float:
-        if self.request.dry_run:
-            return 0.0
-
-        if self._options.staging == "shadow":
-            return self._commit.flip_seconds if self._commit is not None else 0.0
-
-        return time.perf_counter() - start - hooks.before_commit - hooks.after_commit
-
     async def _open(self) -> list[Began]:
         """
         Settle on a version, begin on all actors, and return what they say.
@@ -408,7 +337,7 @@ class SyncRun:
         """
         versions = self._known.versions
         if not versions.met:
-            await self.ask_versions()
+            await ask_versions(self._known)
 
         self.version = versions.next(self.request.version)
         began = await self._begin()
@@ -419,109 +348,8 @@ class SyncRun:
 
         return began
 
-    async def ask_versions(self) -> None:
-        """Ask the replicas' actors for their versions, and note what they say. Outside of a run as well."""
-        every = [actor for replica in self._known.replicas for actor in replica]
-        self._observe(await self._actors.ask_all(dict.fromkeys(every, Status()), Standing))
-
-    def _observe(self, standings: Mapping[int, Standing]) -> None:
-        self._known.versions.observe([[standings[actor] for actor in replica] for replica in self._known.replicas])
-
     async def _begin(self) -> list[Began]:
-        """Let all actors read their shards."""
-        in_shadow = self._options.staging == "shadow"
-        requests = {
-            actor: Begin(
-                self._name,
-                actor,
-                scan=self.request.validate and actor < self._sources,
-                version=None if self.request.from_peer and actor < self._sources else self.version,
-                shadow=in_shadow and actor >= self._sources,
-            )
-            for actor in range(len(self._actors))
-        }
-        replies = await self._actors.ask_all(requests, Began)
-        self._observe({actor: reply.standing for actor, reply in replies.items()})
-        self._known.paused = any("before_sync" in reply.hooks for reply in replies.values())
-        for actor, reply in replies.items():
-            if reply.torn and actor < self._sources:
-                raise errors.SyncError(
-                    "a source's weights are torn: a sync into it was begun and not finished", actors=(actor,)
-                )
-
-            if reply.nan:
-                name, count = reply.nan[0]
-                raise errors.ValidationError(
-                    f"{len(reply.nan)} source tensors hold NaN; the first is {name!r} with {count} elements",
-                    tensor=name,
-                    actors=(actor,),
-                )
-
-        return [replies[actor] for actor in range(len(self._actors))]
-
-    async def _learn_layouts(self, began: list[Began]) -> None:
-        """Fetch each layout that is not known yet from one of its holders."""
-        holders = {reply.digest: actor for actor, reply in enumerate(began) if reply.digest not in self._known.layouts}
-        described = await self._actors.ask_all(dict.fromkeys(holders.values(), Describe(self._name)), Described)
-        for digest, actor in holders.items():
-            self._known.layouts[digest] = await anyio.to_thread.run_sync(described[actor].layout)
-
-        current = {reply.digest for reply in began}
-        self._known.layouts = {digest: layout for digest, layout in self._known.layouts.items() if digest in current}
-
-    def _carriers(self, began: list[Began]) -> Carriers:
-        abilities = tuple(Ability(reply.place, reply.unshared, reply.kernels) for reply in began)
-        return self._known.carriers(self._options.transport, abilities)
-
-    def _key(self, began: list[Began], names: frozenset[str] | None) -> tuple[object, ...]:
-        return tuple((reply.digest, reply.place) for reply in began), self._carriers(began), names
-
-    async def _prepare(self, began: list[Began], only: Only) -> tuple[Preparation, bool]:
-        naming = await self._named(began)
-        sources, destinations = naming.sources, naming.destinations
-        names = select_names(sources, destinations, only, aliases=naming.aliases)
-        carriers = self._carriers(began)
-        key = self._key(began, names)
-        if self._known.prepared is not None and self._known.prepared[0] == key:
-            return self._known.prepared[1], False
-
-        # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on.
-        preparation = await anyio.to_thread.run_sync(
-            partial(
-                prepare,
-                sources,
-                destinations,
-                self._options,
-                names,
-                carriers,
-                renames=naming.renames,
-                replicas=self._known.replicas,
-            ),
-            abandon_on_cancel=True,
-        )
-        self._known.prepared = (key, preparation)
-        return preparation, True
-
-    async def _named(self, began: list[Began]) -> Naming:
-        """Return both sides under logical names; worked out off the loop when a layout has changed."""
-        known = self._known
-        key = tuple((reply.digest, reply.place) for reply in began)
-        if known.naming is None or known.naming[0] != key:
-            layouts = [replace(known.layouts[reply.digest], place=reply.place) for reply in began]
-            naming = await anyio.to_thread.run_sync(
-                partial(
-                    name_layouts,
-                    layouts[: self._sources],
-                    layouts[self._sources :],
-                    source_names=known.names[0],
-                    destination_names=known.names[1],
-                    aliases=self._options.aliases,
-                    source_copies=self.request.from_peer,
-                )
-            )
-            known.naming = (key, naming)
-
-        return known.naming[1]
+        return await begin(self._known, self._name, self.version, self.request)
 
     async def _transfer(self, preparation: Preparation) -> RunReport:
         async def dispatch(task: Task) -> list[StepDone]:
@@ -575,27 +403,6 @@ class SyncRun:
         except RunTimeout as timeout:
             raise self.timeout(timeout.unfinished) from timeout
 
-    async def _validate(self, preparation: Preparation) -> None:
-        """Compare, task by task, what receivers hold with what the sender holds, over Ray's object store."""
-        for wave in preparation.schedule.waves:
-            for task in wave.tasks:
-                sender = task.senders[0]
-                excerpt = self._actors.start(sender, Probe(self._name, preparation.step_of[sender][task.id]))
-                refs = [
-                    self._actors.start(receiver, Compare(self._name, preparation.step_of[receiver][task.id]), excerpt)
-                    for receiver in task.receivers
-                ]
-                # The sender first: its failure is the receivers' as well, and should be told as its own.
-                await self._actors.answer(excerpt, Excerpt)
-                replies = await self._actors.answers(refs, Done)
-                for receiver, reply in zip(task.receivers, replies, strict=True):
-                    if reply.differing:
-                        raise errors.ValidationError(
-                            f"a destination differs from its source in {reply.differing[0]}",
-                            actors=(sender, receiver),
-                            task=task.id,
-                        )
-
     def _versions_to_commit(self) -> dict[int, int | None]:
         """Return what each actor takes on: sources keep what they have, and so do replicas that stay not whole."""
         versions: dict[int, int | None] = dict.fromkeys(range(len(self._actors)))
@@ -609,108 +416,31 @@ class SyncRun:
         """Tell whether this sync leaves a replica whole: a part of the tensors makes no torn or new one so."""
         return self.request.only is None or isinstance(self._known.versions[index], int)
 
-    def _report(
-        self,
-        preparation: Preparation,
-        outcome: RunReport,
-        *,
-        planned: bool,
-        connected: bool,
-        device: str,
-    ) -> SyncReport:
-        plan, schedule = preparation.plan, preparation.schedule
-        seconds = self.watch.seconds
-        return SyncReport(
+    def _report(self, moved: _Moved, hooks: HookSeconds) -> SyncReport:
+        commit, in_shadow = self._commit, self._options.staging == "shadow"
+        pause = time.perf_counter() - moved.since - hooks.before_commit - hooks.after_commit
+        if in_shadow:
+            pause = commit.flip_seconds if commit is not None else 0.0
+
+        report = make_report(
+            moved.preparation,
+            moved.outcome,
+            self._finished.values(),
+            self.watch,
             version=self.version or 0,
             dry_run=self.request.dry_run,
-            nbytes=plan.nbytes,
-            tensors=len({route.tensor for route in plan.routes}),
-            partial=bool(preparation.left_out),
-            left_out=preparation.left_out,
-            routes=len(plan.routes),
-            tasks=sum(len(wave.tasks) for wave in schedule.waves),
-            waves=len(schedule.waves),
-            bound_waves=schedule.bound.waves,
-            makespan_bytes=schedule.makespan_bytes,
-            bound_bytes=schedule.bound.nbytes,
-            gap=schedule.gap,
-            strategy=schedule.strategy,
-            ports=schedule.ports,
-            transport=_describe_transport(preparation),
-            pulled_nbytes=preparation.pulled_nbytes,
-            transport_reasons=preparation.carriers.reasons,
-            device="cpu" if device == "cpu" else "cuda",
-            staging_bytes=max((reply.staging_bytes for reply in self._finished.values()), default=0),
+            planned=moved.planned,
+            connected=moved.connected,
             communicator_bytes=self._connection.communicator_bytes,
-            host_seconds=max((reply.host_seconds for reply in self._finished.values()), default=0.0),
-            connected=connected,
-            planned=planned,
-            seconds=PhaseSeconds(
-                describe=seconds("describe"),
-                plan=seconds("plan"),
-                connect=seconds("connect"),
-                transfer=seconds("transfer"),
-                verify=seconds("verify"),
-                commit=seconds("commit"),
-                total=self.watch.total,
-            ),
-            reshard_seconds=preparation.reshard_seconds,
-            schedule_seconds=preparation.schedule_seconds,
-            run=outcome,
-            digest=preparation.digest,
+            device=moved.began[-1].place.device,
         )
-
-
-def _describe_transport(preparation: Preparation) -> str:
-    """Return the ways that this plan's tasks really take."""
-    ways = ["ipc"] if preparation.pulls else []
-    if preparation.groups or preparation.edges:
-        ways += [way for way in [preparation.carriers.moved] if way not in ways]
-
-    return "+".join(ways) or preparation.carriers.moved
-
-
-def compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
-    """
-    Compare what each receiver found in its memory with what the sender sent, and what is passed on with what came.
-
-    :raises ChecksumMismatch: naming task, tensor and actors
-    """
-    step_of = preparation.step_of
-    for wave in preparation.schedule.waves:
-        for task in wave.tasks:
-            sender = task.senders[0]
-            sent = finished[sender].checksums[step_of[sender][task.id]]
-            _require_passed_on(task, sent, finished, preparation)
-            for receiver in task.receivers:
-                index = step_of[receiver][task.id]
-                found = finished[receiver].checksums[index]
-                if found != sent:
-                    cuts = preparation.programs[receiver].steps[index].cuts
-                    raise errors.ChecksumMismatch(
-                        f"what was sent sums up to {sent:#x}, what was written to {found:#x}: "
-                        f"{len(cuts)} cuts from {cuts[0].tensor!r} on",
-                        tensor=cuts[0].tensor,
-                        actors=(sender, receiver),
-                        task=task.id,
-                    )
-
-
-def _require_passed_on(task: Task, sent: int, finished: dict[int, Finished], preparation: Preparation) -> None:
-    sender = task.senders[0]
-    for before in task.after:
-        # A hop comes after the one that brought its bytes, and after nothing else at its sender.
-        index = preparation.step_of[sender][before]
-        got = finished[sender].checksums[index]
-        if got != sent:
-            cuts = preparation.programs[sender].steps[index].cuts
-            raise errors.ChecksumMismatch(
-                f"what was passed on sums up to {sent:#x}, what had come to {got:#x}: "
-                f"{len(cuts)} cuts from {cuts[0].tensor!r} on",
-                tensor=cuts[0].tensor,
-                actors=(sender,),
-                task=task.id,
-            )
+        return replace(
+            report,
+            staging=self._options.staging,
+            shadow_bytes=max(reply.shadow_bytes for reply in moved.began),
+            pause_seconds=0.0 if self.request.dry_run else pause,
+            hooks=hooks,
+        )
 
 
 def _from_task(failure: TaskFailed) -> errors.SyncError:

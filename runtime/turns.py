@@ -12,7 +12,7 @@ import anyio
 
 from wavecast.runtime.errors import GroupClosed, SyncInProgress, SyncTimeout
 from wavecast.runtime.report import SyncReport
-from wavecast.runtime.sync_run import SyncRequest
+from wavecast.runtime.request import SyncRequest
 
 __all__ = ("Caller", "Turns")
 

@@ -45,11 +45,6 @@ async def test_a_pull_comes_after_what_the_engines_own_stream_had_to_do(
         assert stage.arrived()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="sync_run.py, _run_ahead: the failure of a step cancels the begins still awaited, so that nobody learns "
-    "that the layouts have changed",
-)
 async def test_a_layout_that_changed_is_planned_anew_though_a_peer_is_still_busy_when_a_step_has_failed(
     machine: Machine,
 ) -> None:

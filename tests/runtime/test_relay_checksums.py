@@ -6,11 +6,11 @@ import pytest
 
 from wavecast.runtime import errors
 from wavecast.runtime.carriers import Carriers
+from wavecast.runtime.integrity import compare_checksums
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Preparation, prepare
-from wavecast.runtime.sync_run import compare_checksums
 from wavecast.runtime.transfer.messages import Finished
 
 

@@ -1,0 +1,80 @@
+"""Whether what arrived is what was sent: by the checksums of both ends, or element by element."""
+
+from __future__ import annotations
+
+from wavecast.runtime import errors
+from wavecast.runtime.cluster import RayActors
+from wavecast.runtime.preparation import Preparation
+from wavecast.runtime.transfer.messages import Compare, Done, Excerpt, Finished, Probe, RunId
+from wavecast.scheduler import Task
+
+__all__ = ("compare_checksums", "validate")
+
+
+async def validate(actors: RayActors, run: RunId, preparation: Preparation) -> None:
+    """
+    Compare, task by task, what receivers hold with what the sender holds, over Ray's object store.
+
+    :raises ValidationError: naming the first tensor that differs, and task and actors
+    """
+    for wave in preparation.schedule.waves:
+        for task in wave.tasks:
+            sender = task.senders[0]
+            excerpt = actors.start(sender, Probe(run, preparation.step_of[sender][task.id]))
+            refs = [
+                actors.start(receiver, Compare(run, preparation.step_of[receiver][task.id]), excerpt)
+                for receiver in task.receivers
+            ]
+            # The sender first: its failure is the receivers' as well, and should be told as its own.
+            await actors.answer(excerpt, Excerpt)
+            replies = await actors.answers(refs, Done)
+            for receiver, reply in zip(task.receivers, replies, strict=True):
+                if reply.differing:
+                    raise errors.ValidationError(
+                        f"a destination differs from its source in {reply.differing[0]}",
+                        actors=(sender, receiver),
+                        task=task.id,
+                    )
+
+
+def compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
+    """
+    Compare what each receiver found in its memory with what the sender sent, and what is passed on with what came.
+
+    :raises ChecksumMismatch: naming task, tensor and actors
+    """
+    step_of = preparation.step_of
+    for wave in preparation.schedule.waves:
+        for task in wave.tasks:
+            sender = task.senders[0]
+            sent = finished[sender].checksums[step_of[sender][task.id]]
+            _require_passed_on(task, sent, finished, preparation)
+            for receiver in task.receivers:
+                index = step_of[receiver][task.id]
+                found = finished[receiver].checksums[index]
+                if found != sent:
+                    cuts = preparation.programs[receiver].steps[index].cuts
+                    raise errors.ChecksumMismatch(
+                        f"what was sent sums up to {sent:#x}, what was written to {found:#x}: "
+                        f"{len(cuts)} cuts from {cuts[0].tensor!r} on",
+                        tensor=cuts[0].tensor,
+                        actors=(sender, receiver),
+                        task=task.id,
+                    )
+
+
+def _require_passed_on(task: Task, sent: int, finished: dict[int, Finished], preparation: Preparation) -> None:
+    sender = task.senders[0]
+    for before in task.after:
+        # A hop comes after the one that brought its bytes, and after nothing else at its sender.
+        index = preparation.step_of[sender][before]
+        got = finished[sender].checksums[index]
+        if got != sent:
+            cuts = preparation.programs[sender].steps[index].cuts
+            raise errors.ChecksumMismatch(
+                f"what was passed on sums up to {sent:#x}, what had come to {got:#x}: "
+                f"{len(cuts)} cuts from {cuts[0].tensor!r} on",
+                tensor=cuts[0].tensor,
+                actors=(sender,),
+                task=task.id,
+            )
