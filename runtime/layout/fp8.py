@@ -92,9 +92,17 @@ def paired(shard: Shard, scale: torch.Tensor, *, block: tuple[int, int] = BLOCK)
     :param scale: this actor's scales, one for each block that the shard reaches into, in float32: no scale is ever
         rounded to another dtype
     :raises ConfigError: for a block without rows or columns
-    :raises LayoutError: when the shard begins or ends inside a block, or ``scale`` is not of the shape this makes
+    :raises LayoutError: when the shard is not in float8_e4m3fn or ``scale`` not in float32, when the shard begins or
+        ends inside a block, or ``scale`` is not of the shape this makes
     """
     _check_block(block)
+    if shard.view.dtype != _DTYPE or scale.dtype != torch.float32:
+        raise LayoutError(
+            f"{shard.name!r} is {shard.view.dtype} and its scales are {scale.dtype}: a pair is {_DTYPE} and "
+            f"{torch.float32}",
+            tensor=shard.name,
+        )
+
     box, shape = shard.box, shard.global_shape
     grid = _grid(box, block) if len(shape) == 2 else box
     if len(shape) != 2 or _elements_of(grid, shape, block) != box or tuple(scale.shape) != grid.extent:

@@ -11,6 +11,7 @@ from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.plan.balance import Demand, Share, choose_senders
 from wavecast.runtime.plan.collector import paused_collector
 from wavecast.runtime.plan.cover import Cell, cover_tensor
+from wavecast.runtime.plan.pairs import require_pairs
 from wavecast.runtime.plan.placement import Holding, Placements, place_tensors
 from wavecast.runtime.plan.route import Route
 
@@ -93,7 +94,8 @@ def plan_reshard(
 
     :param allow_missing: tensors that destinations may want without any source having them; they are left out
     :raises LayoutError: naming tensor, box and actors: a tensor or elements that no source holds, global shapes that
-        disagree, dtypes that cannot be cast, pieces of one destination actor that overlap without being equal
+        disagree, dtypes that cannot be cast, pieces of one destination actor that overlap without being equal, a
+        weight in float8 without its scales (``X`` and ``X_scale_inv``) or one of the two without the other
     """
     with paused_collector():
         return _plan(src_layouts, dst_layouts, frozenset(allow_missing))
@@ -102,6 +104,7 @@ def plan_reshard(
 def _plan(src_layouts: Sequence[Layout], dst_layouts: Sequence[Layout], allow_missing: frozenset[str]) -> ReshardPlan:
     sources = place_tensors(src_layouts, first_actor=0)
     destinations = place_tensors(dst_layouts, first_actor=len(src_layouts))
+    require_pairs(sources, destinations, allow_missing)
     templates, order = _make_templates(sources, destinations, allow_missing)
 
     demands = [

@@ -52,9 +52,28 @@ def test_a_weight_and_its_scales_are_picked_together(picked: Only) -> None:
     torch.testing.assert_close(restored(weight, scale), original, atol=0.02, rtol=0.0625)
 
 
+@pytest.mark.parametrize("only", [None, {WEIGHT}], ids=["all", "picked"])
+def test_a_weight_is_not_written_without_its_scales(only: Only) -> None:
+    weight, _, engine = pair()
+    source = fp8.quantised([held(WEIGHT, torch.randn(256, 256))])
+    with pytest.raises(LayoutError, match=f"'{WEIGHT}' would be written on .* without '{SCALE}'"):
+        sync([source], [engine[:1]], only=only)
+
+    with pytest.raises(LayoutError, match="which allow_missing lets pass"):
+        sync([source[:1]], [engine], options=SyncOptions(allow_missing=[SCALE]), only=only)
+
+    assert not weight.float().any()
+
+
+def test_a_plain_source_is_told_to_quantise_though_scales_may_be_missing() -> None:
+    _, _, engine = pair()
+    with pytest.raises(LayoutError, match=r"quantise at the source, by fp8\.quantised"):
+        sync([[held(WEIGHT, torch.ones(256, 256))]], [engine], options=SyncOptions(allow_missing=[SCALE]))
+
+
 def test_scales_are_not_rounded_to_powers_of_two_on_the_way() -> None:
     _, scale, engine = pair(torch.float8_e8m0fnu)
-    with pytest.raises(LayoutError, match=r"float32 .* is not cast to float8_e8m0fnu"):
+    with pytest.raises(LayoutError, match=r"float32 .* float8_e8m0fnu .*: the scales .* are not cast"):
         sync([fp8.quantised([held(WEIGHT, torch.ones(256, 256))])], [engine])
 
     assert scale.float().unique().tolist() == [1]
