@@ -45,8 +45,8 @@ def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence
     one, with all who want them. Where no two sources overlap partly there is one cell for each pair of boxes that
     meet; where some do, the smaller box comes first, which leaves each cell the most holders to choose from.
 
-    Where sources hold the tensor in several dtypes, only those in the receivers' own dtype send, or, where none has
-    it, those in the widest: rounded elements are never mixed with exact ones by chance.
+    Where sources hold the tensor in several dtypes, each element is sent by one in the receivers' own dtype, or, where
+    none has it, in the widest: boxes are cut so that no rounded element takes the place of an exact one.
 
     :raises LayoutError: when global shapes disagree, a dtype cannot be cast, a box does not fit, boxes of one
         destination actor overlap without being equal, or elements are held by no source
@@ -55,31 +55,19 @@ def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence
     _check_dtypes(tensor, sources, destinations)
     _check_disjoint(tensor, destinations)
 
-    held = _BoxIndex(_merge_actors((each.box, each.actors) for each in sources if each.box.numel))
+    held = _index_by_dtype(sources)
     wanted = _merge_actors(((each.box, each.dtype), each.actors) for each in destinations if each.box.numel)
     receivers: dict[tuple[Box, str], tuple[int, ...]] = {}
     holders: dict[tuple[Box, str], tuple[int, ...]] = {}
-    mixed = len({each.dtype for each in sources}) > 1
     for (box, dtype), actors in wanted.items():
-        for part, owners in _cut(tensor, box, held, actors):
-            holders[part, dtype] = _of_best_dtype(sources, part, dtype) if mixed else owners
+        for part, owners in _cover(tensor, box, _by_preference(held, dtype), actors):
+            holders[part, dtype] = owners
             receivers[part, dtype] = (*receivers.get((part, dtype), ()), *actors)
 
     return tuple(
         Cell(box, dtype, holders[box, dtype], tuple(sorted(set(actors))), box.numel * ITEMSIZE[dtype])
         for (box, dtype), actors in receivers.items()
     )
-
-
-def _of_best_dtype(sources: Sequence[Holding], part: Box, wanted: str) -> tuple[int, ...]:
-    """Return the actors that hold all of ``part`` in the dtype wanted, or else in the widest that any has it in."""
-    by_dtype: dict[str, set[int]] = {}
-    for source in sources:
-        if source.box.contains(part):
-            by_dtype.setdefault(source.dtype, set()).update(source.actors)
-
-    best = max(by_dtype, key=lambda dtype: (dtype == wanted, ITEMSIZE[dtype], dtype))
-    return tuple(sorted(by_dtype[best]))
 
 
 class _BoxIndex:
@@ -105,8 +93,57 @@ class _BoxIndex:
         return self.boxes[first : bisect_left(self._starts, low + box.extent[self.dim])]
 
 
-def _cut(tensor: str, box: Box, held: _BoxIndex, receivers: tuple[int, ...]) -> list[tuple[Box, tuple[int, ...]]]:
-    """Return disjoint parts that make up ``box``, in row-major order of their offsets, each with all its holders."""
+def _index_by_dtype(sources: Sequence[Holding]) -> dict[str, _BoxIndex]:
+    by_dtype: dict[str, list[tuple[Box, tuple[int, ...]]]] = {}
+    for each in sources:
+        if each.box.numel:
+            by_dtype.setdefault(each.dtype, []).append((each.box, each.actors))
+
+    return {dtype: _BoxIndex(_merge_actors(found)) for dtype, found in by_dtype.items()}
+
+
+def _by_preference(held: dict[str, _BoxIndex], wanted: str) -> list[_BoxIndex]:
+    """Return who holds what in the dtype wanted, then in the others from the widest on."""
+    if len(held) == 1:
+        return list(held.values())
+
+    order = sorted(held, key=lambda dtype: (dtype == wanted, ITEMSIZE[dtype], dtype), reverse=True)
+    return [held[dtype] for dtype in order]
+
+
+def _cover(
+    tensor: str, box: Box, held: Sequence[_BoxIndex], receivers: tuple[int, ...]
+) -> list[tuple[Box, tuple[int, ...]]]:
+    """Return disjoint parts that make up ``box``, each with all its holders: what the first lack is left to the next."""
+    cells: list[tuple[Box, tuple[int, ...]]] = []
+    missing = [box]
+    for index in held:
+        lacking: list[Box] = []
+        for fragment in missing:
+            found, rest = _cut(fragment, index)
+            cells += found
+            lacking += rest
+
+        missing = lacking
+        if not missing:
+            # Row by row, whoever holds them; what one index gives is in that order.
+            return cells if len(held) == 1 else sorted(cells)
+
+    first = min(missing)
+    raise LayoutError(
+        f"no source holds {tensor!r} at offset {first.offset}, extent {first.extent}, "
+        f"of what actors {receivers} want: offset {box.offset}, extent {box.extent}",
+        tensor=tensor,
+        actors=receivers,
+    )
+
+
+def _cut(box: Box, held: _BoxIndex) -> tuple[list[tuple[Box, tuple[int, ...]]], list[Box]]:
+    """
+    Return disjoint parts of ``box`` that are held, in row-major order of their offsets, each with all its holders.
+
+    Beside them what is not held, in disjoint parts too.
+    """
     near = held.near(box)
     parts: dict[Box, list[int]] = {}
     for source in near:
@@ -115,7 +152,7 @@ def _cut(tensor: str, box: Box, held: _BoxIndex, receivers: tuple[int, ...]) -> 
             parts.setdefault(common, []).extend(held.holders[source])
 
     if sum(part.numel for part in parts) == box.numel and _first_overlap(parts) is None:
-        return [(part, tuple(sorted(set(parts[part])))) for part in sorted(parts)]
+        return [(part, tuple(sorted(set(parts[part])))) for part in sorted(parts)], []
 
     cells: list[Box] = []
     missing = [box]
@@ -131,20 +168,12 @@ def _cut(tensor: str, box: Box, held: _BoxIndex, receivers: tuple[int, ...]) -> 
 
         missing = rest
 
-    if missing:
-        first = min(missing)
-        raise LayoutError(
-            f"no source holds {tensor!r} at offset {first.offset}, extent {first.extent}, "
-            f"of what actors {receivers} want: offset {box.offset}, extent {box.extent}",
-            tensor=tensor,
-            actors=receivers,
-        )
-
     owners = [(source, held.holders[source]) for source in near]
-    return [
+    found = [
         (cell, tuple(sorted({actor for source, actors in owners if source.contains(cell) for actor in actors})))
         for cell in sorted(cells)
     ]
+    return found, missing
 
 
 def _merge_actors(items: Iterable[tuple[_Key, tuple[int, ...]]]) -> dict[_Key, tuple[int, ...]]:

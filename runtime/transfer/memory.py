@@ -155,7 +155,7 @@ class Memory:
         if len(shards) > 1:
             # As the plan chose among actors: the dtype that travels, else the widest.
             wanted = dtype_of(cut.dtype)
-            shards.sort(key=lambda shard: (shard.view.dtype != wanted, -shard.view.dtype.itemsize))
+            shards.sort(key=lambda shard: _preference(shard.view.dtype, wanted), reverse=True)
 
         return shards
 
@@ -224,6 +224,10 @@ def _require_promised(found: object, computed: Computed, cut: Cut) -> torch.Tens
         f"the computed shard of {cut.tensor!r} returned {given} where {cut.extent} in {computed.dtype} was asked for",
         tensor=cut.tensor,
     )
+
+
+def _preference(dtype: torch.dtype, wanted: torch.dtype) -> tuple[bool, int, str]:
+    return dtype == wanted, dtype.itemsize, str(dtype)
 
 
 def _narrow(view: torch.Tensor, offset: tuple[int, ...], cut: Cut) -> torch.Tensor:

@@ -111,6 +111,15 @@ def test_sources_of_several_dtypes_send_what_is_nearest_to_the_destinations(
     assert torch.equal(memory, rounded.to(wanted))
 
 
+@pytest.mark.parametrize("edge", [8, 10])
+def test_where_boxes_of_two_dtypes_overlap_in_part_every_exact_element_is_sent(edge: int) -> None:
+    whole, arrived = torch.full((16, 4), 1.001), torch.zeros(16, 4)
+    rounded = Shard("w", whole[:edge].bfloat16(), (0, 0), (16, 4))
+    sync([[rounded], [Shard("w", whole[4:].clone(), (4, 0), (16, 4))]], [[held("w", arrived)]])
+    assert torch.equal(arrived[4:], whole[4:])
+    assert torch.equal(arrived[:4], whole[:4].bfloat16().float())
+
+
 def test_the_report_names_what_was_left_out_whatever_left_it() -> None:
     def engine() -> list[Shard]:
         return [held("a", torch.zeros(4)), held("b", torch.zeros(4)), held("c", torch.zeros(4))]
