@@ -114,7 +114,7 @@ def _by_preference(held: dict[str, _BoxIndex], wanted: str) -> list[_BoxIndex]:
 def _cover(
     tensor: str, box: Box, held: Sequence[_BoxIndex], receivers: tuple[int, ...]
 ) -> list[tuple[Box, tuple[int, ...]]]:
-    """Return disjoint parts that make up ``box``, each with all its holders: what the first lack is left to the next."""
+    """Return disjoint parts that make up ``box``, each with all its holders: what the first lack, the next have."""
     cells: list[tuple[Box, tuple[int, ...]]] = []
     missing = [box]
     for index in held:
