@@ -458,7 +458,8 @@ class ParameterSyncGroup:
 
     def _seconds(self, deadline: float | None) -> float:
         seconds = self._options.deadline_seconds if deadline is None else deadline
-        if not (seconds > 0 and math.isfinite(seconds)):
+        sound = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if not (sound and seconds > 0 and math.isfinite(seconds)):
             raise errors.ConfigError(f"deadline is {seconds!r}, it must be positive and finite")
 
         return seconds

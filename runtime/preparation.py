@@ -245,4 +245,5 @@ def _trained(sources: Sequence[Layout]) -> frozenset[str]:
 
 
 def _only(layout: Layout, names: frozenset[str]) -> Layout:
-    return replace(layout, pieces=tuple(piece for piece in layout.pieces if piece.tensor in names))
+    pieces = tuple(piece for piece in layout.pieces if piece.tensor in names)
+    return replace(layout, pieces=pieces, computed=tuple(name for name in layout.computed if name in names))

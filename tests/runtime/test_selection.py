@@ -161,6 +161,20 @@ def test_a_computed_view_that_returns_something_else_is_refused(found: object, g
         sync([[Shard("w", computed, (0,), (4,))]], [[held("w", torch.zeros(4))]])
 
 
+def test_a_computed_shard_at_a_destination_is_refused_before_anything_is_written() -> None:
+    memory = torch.zeros(4)
+    computed = Computed((4,), torch.float32, torch.device("cpu"), lambda box: torch.ones(box.extent))
+    engine = [held("a", memory), Shard("b", computed, (0,), (4,))]
+    sources = [[held("a", torch.ones(4)), held("b", torch.ones(4))]]
+    with pytest.raises(LayoutError, match="'b' is computed at a destination: it can be read only") as caught:
+        sync(sources, [engine])
+
+    assert caught.value.phase == "plan"
+    assert memory.tolist() == [0] * 4
+    sync(sources, [engine], only={"a"})
+    assert memory.tolist() == [1] * 4
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -170,11 +184,33 @@ def test_a_computed_view_that_returns_something_else_is_refused(found: object, g
         {"scale_block": (0, 128)},
         {"scale_block": (128,)},
         {"pp_layers": (2, -1)},
+        {"pp_layers": 3},
+        {"pp_layers": (True, 1)},
+        {"pp_layers": "12"},
+        {"expert_slots": 3},
+        {"expert_slots": (3,)},
+        {"expert_slots": ((0, "x"),)},
+        {"expert_slots": ((0, True),)},
+        {"gate_first": "no"},
+        {"gate_first": 0},
+        {"whole_shared_experts": "x"},
+        {"vocab_padding": True},
     ],
 )
 def test_a_format_that_no_engine_has_is_a_config_error(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         EngineFormat(**wrong)  # type: ignore[arg-type]
+
+
+def test_lists_are_taken_as_tuples() -> None:
+    fmt = EngineFormat(pp_layers=[1, 2], expert_slots=[[0, 1], [2]], scale_block=[8, 8])  # type: ignore[arg-type]
+    assert fmt == EngineFormat(pp_layers=(1, 2), expert_slots=((0, 1), (2,)), scale_block=(8, 8))
+    assert (fmt.pp_layers, fmt.expert_slots, fmt.scale_block) == ((1, 2), ((0, 1), (2,)), (8, 8))
+
+
+def test_a_rank_that_is_expert_parallel_in_a_way_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="expert_parallel='yes' must be True or False"):
+        EngineRank(expert_parallel="yes")  # type: ignore[arg-type]
 
 
 def test_a_rank_of_another_type_is_a_config_error() -> None:

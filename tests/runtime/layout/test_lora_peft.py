@@ -234,7 +234,7 @@ class OtherLayer(torch.nn.Module):
 
 class TokensLayer(OtherLayer):
     adapter_layer_names = ("trainable_tokens_delta",)
-    trainable_tokens_delta: dict[str, torch.Tensor] = {}
+    trainable_tokens_delta = None
 
 
 @pytest.mark.parametrize(
