@@ -65,7 +65,7 @@ def quantised(
         that keep nothing of a scale but its exponent
     :raises ConfigError: for a block without rows or columns
     :raises LayoutError: when part of a block is on other actors only, or for a picked tensor that is no matrix of
-        wider floating point elements
+        wider floating point elements, or that this actor holds in several dtypes
     """
     _check_block(block)
     held = list(shards)
@@ -137,6 +137,13 @@ class _Blocks:
         if len(shape) != 2 or not view.dtype.is_floating_point or view.dtype.itemsize == 1:
             raise LayoutError(
                 f"{self.name!r} of shape {shape} and dtype {view.dtype} is not a matrix to quantise", tensor=self.name
+            )
+
+        other = next((each.view.dtype for each in self.shards if each.view.dtype != view.dtype), None)
+        if other is not None:
+            raise LayoutError(
+                f"this actor holds {self.name!r} both in {view.dtype} and {other}: which to quantise cannot be known",
+                tensor=self.name,
             )
 
         grid = _grid(shard.box, self.block)

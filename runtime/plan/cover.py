@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from wavecast.runtime.errors import LayoutError
-from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.box import Box, best_dim, overlaps
 from wavecast.runtime.layout.dtypes import ITEMSIZE
 from wavecast.runtime.plan.placement import Holding
 from wavecast.runtime.plan.route import is_castable
@@ -74,7 +74,7 @@ class _BoxIndex:
     """Boxes with their holders, sorted along the dim that tells them apart best."""
 
     def __init__(self, held: dict[Box, tuple[int, ...]]) -> None:
-        self.dim = _best_dim(held)
+        self.dim = best_dim(held)
         self.boxes = sorted(held, key=self._start)
         self.holders = held
         self._starts = [self._start(box) for box in self.boxes]
@@ -151,7 +151,7 @@ def _cut(box: Box, held: _BoxIndex) -> tuple[list[tuple[Box, tuple[int, ...]]], 
         if common is not None:
             parts.setdefault(common, []).extend(held.holders[source])
 
-    if sum(part.numel for part in parts) == box.numel and _first_overlap(parts) is None:
+    if sum(part.numel for part in parts) == box.numel and not any(overlaps(parts)):
         return [(part, tuple(sorted(set(parts[part])))) for part in sorted(parts)], []
 
     cells: list[Box] = []
@@ -182,39 +182,6 @@ def _merge_actors(items: Iterable[tuple[_Key, tuple[int, ...]]]) -> dict[_Key, t
         merged[key] = (*merged.get(key, ()), *actors)
 
     return merged
-
-
-def _best_dim(boxes: Iterable[Box]) -> int:
-    """Return the dim with the most different starts, or -1 without dims."""
-    starts: list[set[int]] = []
-    for box in boxes:
-        starts = starts or [set() for _ in box.offset]
-        for seen, start in zip(starts, box.offset, strict=True):
-            seen.add(start)
-
-    return max(range(len(starts)), key=lambda dim: (len(starts[dim]), -dim), default=-1)
-
-
-def _first_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
-    """Return two of ``boxes`` that share an element, or ``None``: a sweep along the dim that tells them apart best."""
-    found = list(boxes)
-    if len(found) < 2:
-        return None
-
-    dim = _best_dim(found)
-    if dim < 0:
-        return found[0], found[1]
-
-    active: list[Box] = []
-    for box in sorted(found, key=lambda box: box.offset[dim]):
-        active = [other for other in active if other.offset[dim] + other.extent[dim] > box.offset[dim]]
-        for other in active:
-            if box.intersect(other) is not None:
-                return other, box
-
-        active.append(box)
-
-    return None
 
 
 def _check_shapes(tensor: str, holdings: Sequence[Holding]) -> None:
@@ -275,7 +242,7 @@ def _check_disjoint(tensor: str, destinations: Sequence[Holding]) -> None:
             by_layout.setdefault(holding.actors, {})[holding.box] = None
 
     for actors, boxes in by_layout.items():
-        overlap = _first_overlap(boxes)
+        overlap = next(overlaps(boxes), None)
         if overlap is not None:
             a, b = overlap
             raise LayoutError(

@@ -249,6 +249,10 @@ def _require_plain(shard: Shard) -> None:
         why = f"is of type {type(view).__name__}, not a torch.Tensor"
     elif type(view).__name__ == "DTensor":
         why = "is a DTensor, whose local part alone is memory: use the dtensor adapter"
+    elif type(view).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        why = f"is a {type(view).__name__}, which wraps other tensors: give those as shards, or what it stands for"
+    elif view.layout != torch.strided:
+        why = f"is of layout {view.layout}, not strided"
     elif view.is_meta:
         why = "is on the meta device, without memory"
     elif view.is_conj() or view.is_neg():

@@ -31,6 +31,41 @@ def restored(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return weight.float() * scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
 
 
+class Scaled(torch.Tensor):
+    """A quantised tensor's subclass: what it shows is not what its memory holds."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Scaled:
+        made: Scaled = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        plain = [each.inner.float() if isinstance(each, cls) else each for each in args]
+        return func(*plain, **(kwargs or {}))
+
+
+class Named(torch.Tensor):
+    """A subclass that is plain memory."""
+
+
+def test_compressed_rows_are_refused_too() -> None:
+    with pytest.warns(UserWarning, match="Sparse CSR"):
+        view = torch.eye(4).to_sparse_csr()
+
+    with pytest.raises(LayoutError, match="of layout torch.sparse_csr, not strided"):
+        sync([[held("w", view)]], [[held("w", torch.zeros(4, 4))]])
+
+
+def test_a_subclass_of_plain_memory_is_sent() -> None:
+    arrived = torch.zeros(4)
+    sync([[held("w", torch.arange(4.0).as_subclass(Named))]], [[held("w", arrived.as_subclass(Named))]])
+    assert arrived.tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("picked", [EMBED, HEAD])
 def test_a_predicate_is_asked_about_aliases_too(picked: str) -> None:
     embed, head = torch.zeros(4), torch.zeros(4)
@@ -246,6 +281,8 @@ def test_a_name_map_that_gives_a_number_is_a_config_error() -> None:
         (torch.zeros(4, device="meta"), "meta device"),
         (torch.zeros(1).expand(4), "expanded"),
         (torch.zeros(4, dtype=torch.complex64).conj(), "conjugated"),
+        (torch.eye(4).to_sparse(), "of layout torch.sparse_coo, not strided"),
+        (Scaled(torch.ones(4, dtype=torch.int8)), "is a Scaled, which wraps other tensors"),
     ],
 )
 def test_a_view_without_plain_memory_is_refused(view: torch.Tensor, why: str) -> None:

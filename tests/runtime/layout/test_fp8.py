@@ -249,6 +249,17 @@ def test_what_is_no_matrix_of_wide_floats_is_refused(view):
         fp8.quantised([Shard(NAME, view, (0,) * view.dim(), tuple(view.shape))])
 
 
+def test_a_matrix_in_two_dtypes_on_one_actor_is_refused_in_any_order():
+    whole = randoms(1, 256, 128, dtype=torch.float32)
+    parts = [part(whole.bfloat16(), (0, 64), (0, 128)), part(whole, (64, 256), (0, 128))]
+    for shards in (parts, parts[::-1]):
+        with pytest.raises(LayoutError, match=f"this actor holds '{NAME}' both in torch") as caught:
+            fp8.quantised(shards)
+
+        assert "torch.bfloat16" in str(caught.value)
+        assert "torch.float32" in str(caught.value)
+
+
 def test_a_merged_adapter_is_quantised_after_it_is_added():
     base, a, b = randoms(1, 256, 128), randoms(2, 4, 128), randoms(3, 256, 4)
     shards = lora.merged([part(base, (0, 256), (0, 128))], [lora.adapter(NAME, a, b, scale=0.5)])

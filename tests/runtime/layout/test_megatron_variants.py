@@ -308,6 +308,15 @@ def test_gates_on_attention_are_refused():
     refuse(model, LLAMA, "attention_output_gate")
 
 
+def test_interleaved_rotary_positions_are_refused_without_latent_attention():
+    model, _ = filled(LLAMA)
+    model.config.rotary_interleaved = True
+    refuse(model, LLAMA, "rotary_interleaved")
+    latent, checkpoint = filled(DEEPSEEK)
+    latent.config.rotary_interleaved = True
+    assert_brings(latent, DEEPSEEK, checkpoint)
+
+
 def test_a_norm_in_two_places_is_refused():
     model, _ = filled(LLAMA)
     layer = model.decoder.layers[2]
