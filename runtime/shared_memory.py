@@ -70,8 +70,8 @@ def _twice(name: str, one: Piece, two: Piece, actor: int) -> LayoutError:
         where = "twice in part"
 
     return LayoutError(
-        f"a source holds {name!r} {where}, in different memory: {_told(one)} and {_told(two)}; which one is meant cannot "
-        "be known",
+        f"a source holds {name!r} {where}, in different memory: {_told(one)} and {_told(two)}; which one is meant "
+        "cannot be known",
         tensor=name,
         actors=(actor,),
     )

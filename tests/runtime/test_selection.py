@@ -56,7 +56,7 @@ def test_compressed_rows_are_refused_too() -> None:
     with pytest.warns(UserWarning, match="Sparse CSR"):
         view = torch.eye(4).to_sparse_csr()
 
-    with pytest.raises(LayoutError, match="of layout torch.sparse_csr, not strided"):
+    with pytest.raises(LayoutError, match=r"of layout torch\.sparse_csr, not strided"):
         sync([[held("w", view)]], [[held("w", torch.zeros(4, 4))]])
 
 

@@ -129,10 +129,11 @@ def test_a_source_that_holds_parts_of_boxes_in_different_memory_is_refused(shape
     memory, rest = torch.arange(math.prod(shape)).float().reshape(shape), (0,) * (len(shape) - 1)
     upper, lower = Shard("w", memory[:6], (0, *rest), shape), Shard("w", memory[2:], (2, *rest), shape)
     apart = Shard("w", memory[2:].clone(), (2, *rest), shape)
+    whole = Shard("w", memory, (0, *rest), shape)
     inner = Shard("w", memory[3:5].clone(), (3, *rest), shape)
-    for held in ([upper, apart], [apart, upper], [upper, lower, inner], [inner, Shard("w", memory, (0, *rest), shape)]):
+    for shards in ([upper, apart], [apart, upper], [upper, lower, inner], [inner, whole]):
         with pytest.raises(LayoutError, match="a source holds 'w' twice in part, in different memory") as caught:
-            name_layouts([describe([upper]), describe(held)], [])
+            name_layouts([describe([upper]), describe(shards)], [])
 
         assert caught.value.actors == (1,)
 

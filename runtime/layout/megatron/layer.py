@@ -77,8 +77,8 @@ class LayerReader:
 
         if setting(attention, "rotary_interleaved") and self._config.mla is None:
             raise LayoutError(
-                "rotary positions turn neighbouring elements of a head (rotary_interleaved): checkpoints lay the halves "
-                "of each pair apart, which no view can undo"
+                "rotary positions turn neighbouring elements of a head (rotary_interleaved): in checkpoints the two of "
+                "a pair lie half a head apart"
             )
 
         prefix, ranks = self._names.attention, tensor_ranks(attention)
