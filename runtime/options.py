@@ -91,7 +91,7 @@ class SyncOptions:
     aliases: Collection[Collection[str]] = ()
 
     def __post_init__(self) -> None:
-        _require(is_names(self.allow_missing), "allow_missing", self.allow_missing, "a collection of names")
+        _require(_is_names(self.allow_missing), "allow_missing", self.allow_missing, "a collection of names")
         object.__setattr__(self, "allow_missing", frozenset(self.allow_missing))
         object.__setattr__(self, "aliases", _alias_sets(self.aliases))
         for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "retries", "frequency"):
@@ -148,14 +148,14 @@ def _alias_sets(aliases: Collection[Collection[str]]) -> tuple[tuple[str, ...], 
     wanted = "a collection of sets of two or more names, each name in one of them"
     _require(isinstance(aliases, Collection) and not isinstance(aliases, str), "aliases", aliases, wanted)
     for names in aliases:
-        _require(is_names(names) and len(set(names)) > 1, "aliases", aliases, wanted)
+        _require(_is_names(names) and len(set(names)) > 1, "aliases", aliases, wanted)
 
     every = [name for names in aliases for name in dict.fromkeys(names)]
     _require(len(set(every)) == len(every), "aliases", aliases, wanted)
     return tuple(sorted(tuple(sorted(set(names))) for names in aliases))
 
 
-def is_names(value: object) -> bool:
+def _is_names(value: object) -> bool:
     """Tell whether ``value`` is a collection of names; a string is one too, of its letters, and is never meant."""
     return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(name, str) for name in value)
 

@@ -63,7 +63,7 @@ def quantised(
     :param block: rows and columns of a block
     :param power_of_two: round each scale up to a power of two before dividing by it (still in float32), for kernels
         that keep nothing of a scale but its exponent
-    :raises ConfigError: for a block without rows or columns
+    :raises ConfigError: for a block that is not two positive integers
     :raises LayoutError: when part of a block is on other actors only, or for a picked tensor that is no matrix of
         wider floating point elements, or that this actor holds in several dtypes
     """
@@ -91,7 +91,7 @@ def paired(shard: Shard, scale: torch.Tensor, *, block: tuple[int, int] = BLOCK)
 
     :param scale: this actor's scales, one for each block that the shard reaches into, in float32: no scale is ever
         rounded to another dtype
-    :raises ConfigError: for a block without rows or columns
+    :raises ConfigError: for a block that is not two positive integers
     :raises LayoutError: when the shard is not in float8_e4m3fn or ``scale`` not in float32, when the shard begins or
         ends inside a block, or ``scale`` is not of the shape this makes
     """
@@ -222,7 +222,7 @@ class _Blocks:
 
 
 def _check_block(block: tuple[int, int]) -> None:
-    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+    if not isinstance(block, Sequence) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise ConfigError(f"block={block!r} must be two positive integers, rows and columns")
 
 
