@@ -74,6 +74,8 @@ class IpcCommunicator:
     def close(self) -> None:
         self._aborted = True
         opened, self._opened = self._opened, {}
+        # Whoever closes may never have used this device.
+        make_current(self.device.index or 0)
         for handle in opened:
             close_memory(handle)
 

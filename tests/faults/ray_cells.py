@@ -23,7 +23,7 @@ from wavecast.runtime.transfer.messages import Request, RunStep, decode
 from wavecast.runtime.transfer.session import Session
 from wavecast.runtime.transfer.worker import overridden_hooks
 
-__all__ = ("RAY_DEADLINE_SECONDS", "FaultyPoolActor", "run_ray_cell")
+__all__ = ("RAY_DEADLINE_SECONDS", "FaultyPoolActor", "cancelling", "counting_steps", "failing", "mend", "run_ray_cell")
 
 RAY_DEADLINE_SECONDS = 2.0
 _LONG_SECONDS = 60.0
@@ -145,10 +145,10 @@ async def run_ray_cell(cell: Cell, make_sides: MakeSides, pool: Pool) -> Outcome
 
         scope = anyio.CancelScope()
         with cancelling(scope, struck, cell, len(steps)):
-            error, message, seconds = await _failing(group, scope, cell)
+            error, message, seconds = await failing(group, scope, cell, 2)
 
         versions = group.versions()
-        await _mend(group, sides, struck, process, layout, cell, pool)
+        await mend(group, sides, struck, process, layout, cell, pool)
         sides.fill(2)
         report = await group.sync(deadline=_LONG_SECONDS, validate=True)
         healed = sides.differing(2) == {} and group.versions() == dict.fromkeys((0, 1), report.version)
@@ -156,20 +156,23 @@ async def run_ray_cell(cell: Cell, make_sides: MakeSides, pool: Pool) -> Outcome
     return Outcome(error, seconds, tuple(text_of(version, 1) for version in versions.values()), (), healed, message)
 
 
-async def _failing(group: ParameterSyncGroup, scope: anyio.CancelScope, cell: Cell) -> tuple[str, str, float]:
+async def failing(
+    group: ParameterSyncGroup, scope: anyio.CancelScope, cell: Cell, version: int | None
+) -> tuple[str, str, float]:
+    """Sync an armed group; return the error's class, its words and the seconds."""
     start = time.monotonic()
     seconds = RAY_DEADLINE_SECONDS if cell.fault in _WAITING else _LONG_SECONDS
     error, message = "none", ""
     with scope:
         try:
-            await group.sync(2, deadline=seconds, validate=cell.phase == "verify")
+            await group.sync(version, deadline=seconds, validate=cell.phase == "verify")
         except SyncError as failure:
             error, message = type(failure).__name__, str(failure)
 
     return "cancelled" if scope.cancelled_caught else error, message, time.monotonic() - start
 
 
-async def _mend(
+async def mend(
     group: ParameterSyncGroup,
     sides: Sides,
     struck: object,
@@ -177,10 +180,12 @@ async def _mend(
     layout: Layout,
     cell: Cell,
     pool: Pool,
+    kind: type = FaultyPoolActor,
 ) -> None:
+    """Undo what the fault did, so that the next sync may go well."""
     if cell.fault == "kill":
         pool.discard(struck)
-        (fresh,) = pool.take([layout], FaultyPoolActor)
+        (fresh,) = pool.take([layout], kind)
         await group.replace(struck, fresh)
         for side in (sides.sources, *sides.replicas):
             side[:] = [fresh if actor == struck else actor for actor in side]

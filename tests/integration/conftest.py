@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import ray
@@ -17,13 +18,8 @@ from wavecast.runtime.presets import preset
 POOL_SIZE = 16
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    if ray.is_initialized():
-        # Another folder's tests have started it, and will end it.
-        yield
-        return
-
+def start_ray() -> None:
+    """Start a cluster on this machine whose actors find the tests' modules."""
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(
@@ -34,6 +30,16 @@ def cluster() -> Iterator[None]:
         logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}},
     )
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    if ray.is_initialized():
+        # Another folder's tests have started it, and will end it.
+        yield
+        return
+
+    start_ray()
     yield
     ray.shutdown()
 
@@ -117,22 +123,24 @@ class Sides:
 MakeSides = Callable[..., Sides]
 
 
+def sides_of(
+    pool: Pool,
+    src: str = "tp=2",
+    dst: str = "tp=1",
+    *,
+    replicas: int = 1,
+    layers: int = 2,
+    model: str = "tiny-qwen2",
+    src_dtype: str = "bfloat16",
+    dst_dtype: str = "bfloat16",
+    kind: type = PoolActor,
+) -> Sides:
+    config = preset(model).with_layers(layers)
+    sources = layouts(config, MeshSpec.parse(src), dtype=src_dtype)
+    replica = layouts(config, MeshSpec.parse(dst), dtype=dst_dtype)
+    return Sides(pool.take(sources, kind), [pool.take(replica, kind) for _ in range(replicas)])
+
+
 @pytest.fixture
 def make_sides(pool: Pool) -> MakeSides:
-    def make(
-        src: str = "tp=2",
-        dst: str = "tp=1",
-        *,
-        replicas: int = 1,
-        layers: int = 2,
-        model: str = "tiny-qwen2",
-        src_dtype: str = "bfloat16",
-        dst_dtype: str = "bfloat16",
-        kind: type = PoolActor,
-    ) -> Sides:
-        config = preset(model).with_layers(layers)
-        sources = layouts(config, MeshSpec.parse(src), dtype=src_dtype)
-        replica = layouts(config, MeshSpec.parse(dst), dtype=dst_dtype)
-        return Sides(pool.take(sources, kind), [pool.take(replica, kind) for _ in range(replicas)])
-
-    return make
+    return partial(sides_of, pool)

@@ -24,7 +24,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[WavecastError], str]] = {
     "vllm: the same of a layout": (
         lambda: vllm.layout(NO_CONFIG, vllm.EngineRank()),
         ConfigError,
-        r"config is a dict: give a ModelConfig, as from ModelConfig\.from_dict",
+        r"config is a dict: give a ModelConfig, such as ModelConfig\.from_dict",
     ),
     "hf_live: no module": (lambda: hf_live.shards(None), LayoutError, "a NoneType is neither a module nor a state"),
     "hf_live: a list": (lambda: hf_live.shards([A]), LayoutError, "a list is neither a module nor a state"),
