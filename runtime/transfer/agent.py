@@ -17,7 +17,7 @@ from wavecast.runtime import errors
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
 from wavecast.runtime.transfer.comm import CommunicatorError, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
-from wavecast.runtime.transfer.hooks import Hook, Hooks, call_hooks, call_hooks_async
+from wavecast.runtime.transfer.hooks import Hook, HookCall, Hooks, call_hooks, call_hooks_async
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
     Abort,
@@ -139,7 +139,7 @@ class Agent:
     def serve(self, request: Request, host: Host, *attachments: object) -> Reply:
         """Answer ``request``, blocking. A cancelled call gives up its run and returns within the grace time."""
         try:
-            seconds = self._call_before(request)
+            seconds = self._call_before(request, host)
             future = self._start(request, host, attachments, seconds)
             while not future.done():
                 wait((future,), timeout=_LOOK_SECONDS)
@@ -147,7 +147,7 @@ class Agent:
                     self._give_up(request, "the driver cancelled the call")
                     return Failure("SyncAborted", "the driver cancelled the call")
 
-            call_hooks(self._hooks.after(request), log_errors=True)
+            self._call_ends(self._hooks.after(request))
             return future.result()
         except Exception as error:
             return self._failed(request, error)
@@ -158,7 +158,7 @@ class Agent:
             seconds = await self._call_before_async(request)
             future = self._start(request, host, attachments, seconds)
             reply = await asyncio.wrap_future(future)
-            await call_hooks_async(self._hooks.after(request), log_errors=True)
+            await self._call_ends_async(self._hooks.after(request))
             return reply
         except asyncio.CancelledError:
             self._give_up(request, "the driver cancelled the call")
@@ -168,21 +168,49 @@ class Agent:
 
     # Hooks that come before what is asked.
 
-    def _call_before(self, request: Request) -> float:
+    def _call_before(self, request: Request, host: Host) -> float:
         self._admit(request)
-        calls = self._hooks.before(request)
+        while isinstance(calls := self._hooks.before(request), Future):
+            wait((calls,), timeout=_LOOK_SECONDS)
+            if host.cancelled():
+                raise errors.SyncAborted("the driver cancelled the call behind the hooks of an earlier sync")
+
+            self._admit(request)
+
         try:
             return call_hooks(calls)
         finally:
-            call_hooks(self._hooks.called(request), log_errors=True)
+            self._call_ends(self._hooks.called(request))
 
     async def _call_before_async(self, request: Request) -> float:
         self._admit(request)
-        calls = self._hooks.before(request)
+        while isinstance(calls := self._hooks.before(request), Future):
+            await asyncio.wrap_future(calls)
+            self._admit(request)
+
         try:
             return await call_hooks_async(calls)
         finally:
-            await call_hooks_async(self._hooks.called(request), log_errors=True)
+            await self._call_ends_async(self._hooks.called(request))
+
+    def _call_ends(self, calls: Sequence[HookCall]) -> None:
+        """Call the hooks that end a run, for which nobody waits but the next one."""
+        if not calls:
+            return
+
+        try:
+            call_hooks(calls, log_errors=True)
+        finally:
+            self._hooks.ended()
+
+    async def _call_ends_async(self, calls: Sequence[HookCall]) -> None:
+        if not calls:
+            return
+
+        try:
+            await call_hooks_async(calls, log_errors=True)
+        finally:
+            self._hooks.ended()
 
     def _admit(self, request: Request) -> None:
         """Refuse what comes too late before any hook is called for it."""
