@@ -1,6 +1,14 @@
-"""Cells of the fault matrix on real Ray actors: some of all kinds always, all of them by ``pytest -m matrix``."""
+"""
+Cells of the fault matrix on real Ray actors: a core always, a few others each day, all by ``pytest -m matrix``.
+
+The day's are drawn by a seed, which their names end in: ``WAVECAST_MATRIX_SEED=739577`` draws those of that day again.
+"""
 
 from __future__ import annotations
+
+import os
+import random
+from datetime import UTC, datetime
 
 import pytest
 
@@ -31,6 +39,16 @@ ALWAYS = (
     "cancel-verify-trainer-shadow",
 )
 
+#: A process that is killed or stopped costs a new one or a deadline: those are for the core and for the whole matrix.
+QUICK = tuple(name for name, cell in REAL.items() if name not in ALWAYS and cell.fault not in ("kill", "stop"))
+DRAWN = 4
+SEED = int(os.environ.get("WAVECAST_MATRIX_SEED") or datetime.now(UTC).toordinal())
+
+
+def draw(seed: int) -> list[str]:
+    """Return the cells of one day."""
+    return random.Random(seed).sample(QUICK, DRAWN)
+
 
 def test_the_sample_has_every_fault_and_every_phase_on_both_sides_in_both_stagings() -> None:
     cells = [REAL[name] for name in ALWAYS]
@@ -38,8 +56,21 @@ def test_the_sample_has_every_fault_and_every_phase_on_both_sides_in_both_stagin
         assert {getattr(cell, field) for cell in cells} == {getattr(cell, field) for cell in CELLS}
 
 
+def test_a_seed_draws_the_same_cells_again_and_the_days_of_a_year_draw_all() -> None:
+    assert draw(739577) == draw(739577) != draw(739578)
+    drawn = {name for day in range(739577, 739577 + 365) for name in draw(day)}
+    assert drawn.isdisjoint(ALWAYS)
+    assert (len(REAL), len(ALWAYS), len(QUICK)) == (238, 14, 167)
+    assert drawn == set(QUICK)
+
+
 @pytest.mark.parametrize("cell", [REAL[name] for name in ALWAYS], ids=str)
 async def test_a_fault_in_a_process_ends_as_the_table_says(cell: Cell, make_sides: MakeSides, pool: Pool) -> None:
+    await check(cell, make_sides, pool)
+
+
+@pytest.mark.parametrize("cell", [pytest.param(REAL[name], id=f"{name}-seed{SEED}") for name in draw(SEED)])
+async def test_a_fault_drawn_for_the_day_ends_as_the_table_says(cell: Cell, make_sides: MakeSides, pool: Pool) -> None:
     await check(cell, make_sides, pool)
 
 
