@@ -200,6 +200,10 @@ class _Execution:
         """Await a dispatched task, dispatch what it set free, and go on with one of those."""
         followed = 0
         while position is not None:
+            if self._stopped:
+                # Handed over before, and not begun: a coroutine's calls must not come after those of the abort.
+                return
+
             try:
                 if self._task_seconds is None:
                     value = await self._unawaited.pop(position)
