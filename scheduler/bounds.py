@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wavecast.scheduler.ports import TaskGraph
 
-__all__ = ("Bound", "lower_bound", "uncut_nbytes", "least_span", "divisible_nbytes")
+__all__ = ("Bound", "lower_bound", "uncut_nbytes", "least_span", "divisible_nbytes", "chain_nbytes")
 
 # Triangles are looked for up to so many (pairs of neighbours of a port).
 _TRIANGLE_PAIRS = 2_000_000
@@ -103,6 +103,18 @@ def divisible_nbytes(graph: TaskGraph) -> int:
 
     packed = max((-(-nbytes[root] // beside) for root, beside, _, _ in _part_room(graph)), default=0)
     return max(packed, _triangle_bound(graph, graph.nbytes), *graph.loads(), 0)
+
+
+def chain_nbytes(graph: TaskGraph) -> int:
+    """Return the most bytes of tasks that come after each other: cutting does not help, a task waits for whole ones."""
+    if not graph.after:
+        return max(graph.nbytes, default=0)
+
+    ends = [0] * len(graph.ports)
+    for position in graph.order:
+        ends[position] = graph.nbytes[position] + max((ends[before] for before in graph.after[position]), default=0)
+
+    return max(ends, default=0)
 
 
 def _parts(graph: TaskGraph) -> list[int]:

@@ -282,8 +282,8 @@ def test_first_fit_over_rows_is_first_fit(linked: bool) -> None:
     tasks = [
         Task(
             id,
-            (0 if id % 2 else rng.randrange(1, 4),),
-            tuple(rng.sample(range(4, 8), rng.randint(1, 2))),
+            (id % 2,),
+            tuple(rng.sample(range(2, 8), rng.randint(1, 2))),
             1,
             after=(rng.randrange(max(0, id - 3), id),) if linked and id and rng.random() < 0.5 else (),
         )
