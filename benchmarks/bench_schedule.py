@@ -246,6 +246,13 @@ def measure_scale(largest: int) -> list[dict[str, object]]:
             ],
             "mixed, of 2 to 4 members, any size": [_mixed(id, rng) for id in range(count)],
         }
+        kinds |= {
+            "hub, all through one actor, any size": [
+                Task(id, (0,), (1 + id % 1023,), rng.randrange(1, 1 << 28)) for id in range(count)
+            ],
+            "pairs in half duplex, each after an earlier one": [_linked(id, rng) for id in range(count)],
+            "broadcasts among 48 in 40 levels": [_leveled(id, count // 40, rng) for id in range(count)],
+        }
         for kind, tasks in kinds.items():
             for strategy in ("first_fit", "largest_first", "edge_coloring", "auto"):
                 start = time.process_time()
@@ -284,6 +291,16 @@ def peak_nbytes(tasks: Sequence[Task], strategy: str) -> int:
 def _mixed(id: int, rng: random.Random) -> Task:
     sender, *receivers = rng.sample(range(1024), rng.randint(2, 4))
     return Task(id, (sender,), tuple(receivers), rng.randrange(1, 1 << 28))
+
+
+def _linked(id: int, rng: random.Random) -> Task:
+    sender, receiver = rng.sample(range(1024), 2)
+    return Task(id, (sender,), (receiver,), 1 << 20, (id - 1000,) if id >= 1000 else ())
+
+
+def _leveled(id: int, level: int, rng: random.Random) -> Task:
+    receivers = rng.sample(range(24, 48), rng.randint(2, 6))
+    return Task(id, (rng.randrange(24),), tuple(receivers), 1 << 20, (id - level,) if id >= level else ())
 
 
 def _pair(id: int, rng: random.Random, nbytes: int) -> Task:

@@ -94,15 +94,16 @@ def divisible_nbytes(graph: TaskGraph) -> int:
     """
     Return what the sum over the waves of the largest task cannot go below, even if tasks may be cut anywhere.
 
-    The busiest port's bytes; in a connected part, all its bytes over the most tasks that fit beside each other; and the
-    bytes of one-to-one tasks within three ports. O(memberships); triangles are given up on graphs with too many.
+    The busiest port's bytes; in a connected part, all its bytes over the most tasks that fit beside each other; the
+    bytes of one-to-one tasks within three ports; and those of the longest chain of dependencies, as all pieces of a
+    task come before those of one after it. O(memberships); triangles are given up on graphs with too many.
     """
     nbytes: dict[int, int] = {}
     for task, root in enumerate(_parts(graph)):
         nbytes[root] = nbytes.get(root, 0) + graph.nbytes[task]
 
     packed = max((-(-nbytes[root] // beside) for root, beside, _, _ in _part_room(graph)), default=0)
-    return max(packed, _triangle_bound(graph, graph.nbytes), *graph.loads(), 0)
+    return max(packed, _triangle_bound(graph, graph.nbytes), chain_nbytes(graph), *graph.loads(), 0)
 
 
 def chain_nbytes(graph: TaskGraph) -> int:
