@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Modules of the runtime in the order in which they may build on each other; a folder counts as one.
 RUNTIME = (
     "errors",
+    "undisturbed",
     "layout",
     "presets",
     "checkpoint",
@@ -32,11 +33,13 @@ RUNTIME = (
     "stopwatch",
     "request",
     "known",
+    "lineup",
     "opening",
     "integrity",
     "commit",
     "reporting",
     "sync_run",
+    "runner",
     "turns",
     "group",
     "demo_memory",

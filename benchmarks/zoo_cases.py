@@ -125,6 +125,17 @@ def _without(side: Side, change: Callable[[Shard], Shard | None], title: str) ->
     return side.then(title, changed)
 
 
+def _mixed_fleet(config: ModelConfig, spec: str) -> Side:
+    """Return two replicas of a mesh of which one holds FP8 pairs and the other bfloat16."""
+    quantised, plain = sides.pairs(config, spec), sides.mesh(config, spec)
+
+    def build(tensors: Tensors) -> list[sides.Actor]:
+        whole = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items() if not name.endswith(fp8.SCALE)}
+        return [*quantised.build(tensors), *plain.build(whole)]
+
+    return Side(f"{quantised.title}, and {plain.title} in bfloat16", build)
+
+
 def _to_bfloat16(tensors: Tensors) -> Tensors:
     """Round float32 to the nearest bfloat16, ties to even, by integers alone."""
     found: Tensors = {}
@@ -436,6 +447,16 @@ CASES: tuple[Case, ...] = (
         refusal="LayoutError",
         seed="refuses: FP8 was taken out again",
         m2n="refuses: one dtype on both sides",
+    ),
+    Case(
+        "a mixed fleet: FP8 pairs and bfloat16 in one group",
+        "dense",
+        sides.quantised(sides.mesh(_D, "tp=2")),
+        _mixed_fleet(_D, "tp=2"),
+        truth=_to_pairs,
+        refusal="LayoutError",
+        seed="refuses: FP8 was taken out again",
+        m2n="not asked: a call has one destination",
     ),
     Case(
         "sums pending",

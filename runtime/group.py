@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import secrets
 from collections.abc import Sequence
@@ -13,17 +14,15 @@ import anyio
 
 from wavecast.runtime import errors
 from wavecast.runtime.cluster import ActorHandle, RayActors, require_event_loop
-from wavecast.runtime.known import Known
-from wavecast.runtime.members import Members
+from wavecast.runtime.lineup import Lineup
 from wavecast.runtime.model_group import ModelGroup
-from wavecast.runtime.opening import ask_versions
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Only
 from wavecast.runtime.report import ReplicaVersion, SyncReport
 from wavecast.runtime.request import Progress, SyncRequest
-from wavecast.runtime.sync_run import SyncRun
+from wavecast.runtime.runner import Runner
 from wavecast.runtime.turns import Turns
-from wavecast.runtime.versions import Versions
+from wavecast.runtime.undisturbed import undisturbed
 
 __all__ = ("ParameterSyncGroup",)
 
@@ -33,8 +32,6 @@ _CLOSE_SECONDS = 5.0
 _DROP_SECONDS = 0.2
 #: To learn who is dead: Ray says it of a dead actor at once.
 _LOOK_SECONDS = 1.0
-#: The same, before a failure is told: Ray has had the time of the abort to find out.
-_DEATH_SECONDS = 0.1
 
 CatchUp = Literal["next", "peer", "trainer"]
 
@@ -55,14 +52,10 @@ class ParameterSyncGroup:
     def __init__(self, source: ModelGroup, destination: ModelGroup, options: SyncOptions | None = None) -> None:
         self._options = options or SyncOptions()
         self._name = secrets.token_hex(16)
-        self._run: SyncRun | None = None
-        self._ended = anyio.Event()
-        self._closed = False
+        self._lineup = Lineup(source, destination, self._options)
         self._turns = Turns(self._options.when_busy)
-        self._versions = Versions(len(destination.replicas))
-        RayActors((*source.actors, *destination.actors))
-        self._members = Members(source, destination)
-        self._known = self._know(self._members)
+        self._runner = Runner()
+        self._closing: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
         require_event_loop()
@@ -74,8 +67,8 @@ class ParameterSyncGroup:
         await self.aclose()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "syncing" if self._run else "idle"
-        source, destination = self._members.source, self._members.destination
+        state = "closed" if self._runner.closed else "syncing" if self._runner.busy else "idle"
+        source, destination = self._lineup.members.source, self._lineup.members.destination
         return f"<ParameterSyncGroup {source.name} -> {destination.name} x {len(destination.replicas)} [{state}]>"
 
     # What users call.
@@ -107,10 +100,10 @@ class ParameterSyncGroup:
         :raises SyncError: the class that fits, naming phase, task and actors. Replicas that were written to are torn
             then, until a later sync succeeds
         :raises LayoutError: when the layouts cannot be served; nothing was written
-        :raises ConfigError: for a version that would go backwards; nothing was written
+        :raises ConfigError: for a version that is no integer, negative or would go backwards; nothing was written
         """
-        require_event_loop()
         self._require_open()
+        _check_version(version)
         seconds = self._seconds(deadline)
         called = anyio.current_time()
         asked = SyncRequest(version, seconds, only, validate, dry_run, progress)
@@ -139,7 +132,7 @@ class ParameterSyncGroup:
         As far as this group knows: actors that an earlier driver has synced are known from the first sync or
         :meth:`refresh` on. A replica has a version only if all of its actors say the same.
         """
-        return self._versions.by_index()
+        return self._lineup.versions.by_index()
 
     async def refresh(self, *, deadline: float | None = None) -> dict[int, ReplicaVersion]:
         """
@@ -151,28 +144,25 @@ class ParameterSyncGroup:
         :param deadline: seconds for the whole call; the options' when ``None``
         :raises SyncError: when an actor died or did not answer in time
         """
-        require_event_loop()
         self._require_open()
         seconds = self._seconds(deadline)
         async with self._turns.turn(self._turns.arrive(None), seconds):
-            await self._ask_versions(seconds)
+            await self._runner.ask_versions(seconds, self._lineup.known, self._name)
             return self.versions()
 
-    async def replace(self, dead: ActorHandle, fresh: ActorHandle) -> None:
+    async def replace(self, dead: ActorHandle, fresh: ActorHandle, *, deadline: float | None = None) -> None:
         """
         Put ``fresh`` in the place of ``dead``; it gets its weights at the next sync, or by :meth:`sync_replica`.
 
         What is known of the others, their versions and layouts, is kept; communicators are made anew.
 
+        :param deadline: seconds to wait for syncs under way; the options' when ``None``
         :raises ConfigError: when ``dead`` is not in this group
+        :raises SyncTimeout: when the deadline passed behind a sync; nothing has changed
         """
         self._require_open()
-        async with self._turns.turn(self._turns.arrive(None)):
-            replicas = self._members.destination.replicas
-            concerned = [index for index, replica in enumerate(replicas) if dead in replica]
-            await self._change(self._members.replaced(dead, fresh), _CLOSE_SECONDS)
-            for index in concerned:
-                self._versions.renew(index)
+        async with self._turns.turn(self._turns.arrive(None), self._seconds(deadline)):
+            await self._let_go(self._lineup.replace(dead, fresh), _CLOSE_SECONDS)
 
     async def add_replica(
         self, actors: Sequence[ActorHandle], *, catch_up: CatchUp = "next", deadline: float | None = None
@@ -182,16 +172,18 @@ class ParameterSyncGroup:
 
         :param catch_up: ``"next"``: it gets its weights at the next sync; ``"peer"``, ``"trainer"``: now, from there,
             as by :meth:`sync_replica`. When that fails the replica stays in the group
-        :param deadline: seconds for catching up; the options' when ``None``
+        :param deadline: seconds for the whole call; the options' when ``None``
+        :raises SyncTimeout: when the deadline passed behind a sync; nothing has changed
+        :raises SyncError: when catching up failed
         """
         self._require_open()
         _check_choice("catch_up", catch_up, ("next", "peer", "trainer"))
-        async with self._turns.turn(self._turns.arrive(None)):
-            index = len(self._members.destination.replicas)
-            await self._change(self._members.with_replica(actors), _CLOSE_SECONDS)
-            self._versions.add()
+        seconds = self._seconds(deadline)
+        ends = anyio.current_time() + seconds
+        async with self._turns.turn(self._turns.arrive(None), seconds):
+            index = self._lineup.add(actors)
             if catch_up != "next":
-                await self._catch_up(index, catch_up, self._seconds(deadline))
+                await self._catch_up(index, catch_up, seconds, waited=anyio.current_time() - ends + seconds)
 
             return index
 
@@ -210,7 +202,6 @@ class ParameterSyncGroup:
         :raises ConfigError: when there is no such replica, no version yet, or no peer that has it
         :raises SyncError: as :meth:`sync`
         """
-        require_event_loop()
         self._require_open()
         _check_choice("source", source, ("peer", "trainer"))
         seconds = self._seconds(deadline)
@@ -218,52 +209,55 @@ class ParameterSyncGroup:
         async with self._turns.turn(self._turns.arrive(None), seconds):
             return await self._catch_up(index, source, seconds, waited=anyio.current_time() - ends + seconds)
 
-    async def remove_replica(self, index: int) -> None:
+    async def remove_replica(self, index: int, *, deadline: float | None = None) -> None:
         """
         Take a replica out of the group; those after it move up by one.
 
+        :param deadline: seconds to wait for syncs under way; the options' when ``None``
         :raises ConfigError: when there is no such replica, and for the last one
+        :raises SyncTimeout: when the deadline passed behind a sync; nothing has changed
         """
         self._require_open()
-        async with self._turns.turn(self._turns.arrive(None)):
-            await self._change(self._members.without_replicas((index,)), _CLOSE_SECONDS)
-            self._versions.remove(index)
+        async with self._turns.turn(self._turns.arrive(None), self._seconds(deadline)):
+            await self._let_go(self._lineup.remove((index,)), _CLOSE_SECONDS)
 
     async def aclose(self) -> None:
         """
         Let the actors release communicators, programs and staging memory. Bounded; may be called again.
 
-        A sync under way ends in :class:`GroupClosed`, and so do those that wait for their turn.
+        A sync under way ends in :class:`GroupClosed`, and so do those that wait for their turn. Whoever is cancelled
+        here is so once the group is closed.
         """
-        if self._closed:
-            return
-
         require_event_loop()
-        self._closed = True
-        self._turns.close()
-        if self._run is not None:
-            # What of it reached an actor later would open there again what is closed here.
-            self._run.scope.cancel()
-            with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
-                await self._ended.wait()
+        if self._closing is None:
+            self._runner.closed = True
+            self._turns.close()
+            self._closing = asyncio.ensure_future(self._close())
 
-        await self._release(self._known.actors, self._name, _CLOSE_SECONDS)
+        await undisturbed(self._closing)
+
+    async def _close(self) -> None:
+        with anyio.move_on_after(_CLOSE_SECONDS):
+            await self._runner.end()
+
+        await _release(self._lineup.known.actors, self._name, _CLOSE_SECONDS)
 
     # A sync, and what the options forgive.
 
     async def _until_done(self, request: SyncRequest) -> SyncReport:
         """Run a sync, and again after what the options forgive, within its one deadline."""
-        if self._versions.met:
-            self._versions.next(request.version)
+        lineup = self._lineup
+        if lineup.versions.met:
+            lineup.versions.next(request.version)
 
         ends = anyio.current_time() + request.seconds_left
         retries, attempts = self._options.retries, 1
-        indices = list(range(len(self._versions)))
+        indices = list(range(len(lineup.versions)))
         before = tuple(indices)
         forgiven: errors.SyncError | None = None
         while True:
             try:
-                report = await self._run_once(request, self._known, self._name)
+                report = await self._runner.sync(request, lineup.known, self._name)
                 break
             except errors.LayoutError as error:
                 if forgiven is not None:
@@ -272,7 +266,7 @@ class ParameterSyncGroup:
                 raise
             except errors.SyncError as error:
                 left = ends - anyio.current_time()
-                if self._closed or left <= 0:
+                if self._runner.closed or left <= 0:
                     raise
 
                 if isinstance(error, errors.ChecksumMismatch) and retries:
@@ -288,7 +282,7 @@ class ParameterSyncGroup:
             report,
             attempts=attempts,
             dropped=tuple(index for index in before if index not in indices),
-            lost_trainers=len(self._members.lost),
+            lost_trainers=len(lineup.members.lost),
         )
 
     async def _plan_around(self, error: errors.SyncError, seconds: float, indices: list[int]) -> bool:
@@ -297,201 +291,80 @@ class ParameterSyncGroup:
 
         :param indices: of the replicas that are left, by what they were when the call began; kept up to date
         """
-        options, members = self._options, self._members
+        options, known = self._options, self._lineup.known
         if options.on_lost_replica == "raise" and options.on_lost_trainer == "raise":
             return False
 
-        dead = set(await self._known.actors.find_dead(seconds))
+        dead = set(await known.actors.find_dead(seconds))
         if isinstance(error, errors.ActorDied):
             dead.update(error.actors)
 
-        trainers = [members.actors[actor] for actor in sorted(dead) if actor < self._known.sources]
-        replicas = [index for index, replica in enumerate(self._known.replicas) if not dead.isdisjoint(replica)]
+        trainers = [known.actors.handles[actor] for actor in sorted(dead) if actor < known.sources]
+        replicas = [index for index, replica in enumerate(known.replicas) if not dead.isdisjoint(replica)]
         refused = (trainers and options.on_lost_trainer == "raise") or (replicas and options.on_lost_replica == "raise")
-        left_over = len(trainers) < self._known.sources and len(replicas) < len(self._known.replicas)
+        left_over = len(trainers) < known.sources and len(replicas) < len(known.replicas)
         if not dead or refused or not left_over:
             return False
 
-        await self._change(members.around(trainers).without_replicas(replicas), _DROP_SECONDS)
+        gone = self._lineup.remove(replicas, around=trainers)
         for index in reversed(replicas):
-            self._versions.remove(index)
             del indices[index]
 
+        await self._let_go(gone, _DROP_SECONDS)
         return True
 
     async def _catch_up(
         self, index: int, source: Literal["peer", "trainer"], seconds: float, *, waited: float = 0.0
     ) -> SyncReport:
         """Sync one replica alone, from a peer or from the trainers, by a run over just these actors."""
-        if self._versions.newest is None and not self._versions.met:
-            await self._ask_versions(seconds - waited)
+        versions = self._lineup.versions
+        if versions.newest is None and not versions.met:
+            await self._runner.ask_versions(seconds - waited, self._lineup.known, self._name)
 
-        version = self._versions.newest
+        version = versions.newest
         if version is None:
             raise errors.ConfigError("no replica has a version yet: there is nothing to catch up with")
 
-        numbers = self._source_of(index, source, version)
-        replica = self._known.replicas[index]
-        handles = self._known.actors.handles
-        actors = RayActors([handles[actor] for actor in (*numbers, *replica)])
-        start = len(numbers)
-        source_names, own_names = self._known.names
-        names = (own_names if source == "peer" else source_names, own_names)
-        known = Known(actors, start, (range(start, start + len(replica)),), Versions(1), self._options, names=names)
-        known.layouts = dict(self._known.layouts)
-        known.versions.set(0, self._versions[index])
+        known, numbers = self._lineup.one_replica(index, source, version)
         name = secrets.token_hex(16)
         request = SyncRequest(version, seconds, None, False, False, None, waited, source == "peer")
         try:
-            return await self._run_once(request, known, name)
+            return await self._runner.sync(request, known, name)
         except errors.SyncError as error:
-            error.actors = tuple((*numbers, *replica)[actor] for actor in error.actors)
-            error.versions = {**self._versions.by_index(), index: known.versions[0]}
+            error.actors = tuple(numbers[actor] for actor in error.actors)
+            error.versions = {**versions.by_index(), index: known.versions[0]}
             raise
         finally:
-            self._versions.set(index, known.versions[0])
-            await self._release(actors, name, _DROP_SECONDS)
+            versions.set(index, known.versions[0])
+            await undisturbed(_release(known.actors, name, _DROP_SECONDS))
 
-    def _source_of(self, index: int, source: Literal["peer", "trainer"], version: int) -> range:
-        """Return the numbers of the actors from which a replica is to catch up."""
-        if not 0 <= index < len(self._versions):
-            raise errors.ConfigError(f"there is no replica {index}, the group has {len(self._versions)}")
-
-        if source == "trainer":
-            return range(self._known.sources)
-
-        for peer, replica in enumerate(self._known.replicas):
-            if peer != index and self._versions[peer] == version:
-                return replica
-
-        raise errors.ConfigError(f"no other replica has version {version}, there is no peer to copy it from")
-
-    # One sync.
-
-    async def _run_once(self, request: SyncRequest, known: Known, name: str) -> SyncReport:
-        """Run one sync to its end, whatever that is: when this returns or raises, nothing of it is left running."""
-        sync = self._enter(request, known, name)
-        try:
-            with sync.scope:
-                report = await sync.run()
-                sync.settle()
-                return report
-
-            await sync.abort(self._why_over(sync))
-            raise self._over(sync)
-        except BaseException as error:
-            sync.settle()
-            with anyio.CancelScope(shield=True):
-                await sync.abort(f"{type(error).__name__}: {error}")
-
-            if isinstance(error, errors.SyncError):
-                sync.locate(error)
-                error.versions = self._versions.by_index()
-                await self._raise_death_behind(error, sync, known)
-
-            if self._closed and isinstance(error, errors.SyncAborted):
-                raise self._over(sync) from error
-
-            raise
-        finally:
-            self._leave()
-
-    async def _raise_death_behind(self, error: errors.SyncError, sync: SyncRun, known: Known) -> None:
-        """
-        Raise the death of an actor of which ``error`` is what another one saw: its transport may tell sooner than Ray.
-
-        :raises ActorDied: naming who died, with ``error`` as its cause
-        """
-        seen_by_others = isinstance(error, errors.ActorFailed | errors.SyncAborted)
-        if not seen_by_others or error.phase not in ("connect", "transfer") or self._closed:
-            return
-
-        with anyio.CancelScope(shield=True):
-            dead = await known.actors.find_dead(_DEATH_SECONDS)
-
-        if dead:
-            death = errors.ActorDied(f"the actor died: {error.args[0]}", actors=dead, task=error.task)
-            death.phase = error.phase
-            sync.locate(death)
-            death.versions = error.versions
-            raise death from error
-
-    async def _ask_versions(self, seconds: float) -> None:
-        """Ask the replicas' actors for their versions, outside of a sync."""
-        request = SyncRequest(None, max(seconds, 0.001), None, False, True, None)
-        run = self._enter(request, self._known, self._name)
-        try:
-            with run.scope:
-                await ask_versions(self._known)
-                return
-
-            raise self._over(run)
-        except BaseException as error:
-            with anyio.CancelScope(shield=True):
-                await run.abort(f"{type(error).__name__}: {error}")
-
-            raise
-        finally:
-            self._leave()
-
-    def _enter(self, request: SyncRequest, known: Known, name: str) -> SyncRun:
-        self._require_open()
-        self._ended = anyio.Event()
-        self._run = SyncRun(request, name, known)
-        return self._run
-
-    def _leave(self) -> None:
-        self._run = None
-        self._ended.set()
-
-    def _why_over(self, run: SyncRun) -> str:
-        return "the group was closed" if self._closed else f"the deadline of {run.request.deadline} seconds passed"
-
-    def _over(self, run: SyncRun) -> errors.SyncError:
-        """Return the error of a run whose scope was cancelled: by its deadline, or because the group was closed."""
-        if not self._closed:
-            return run.timeout()
-
-        error = errors.GroupClosed("the group was closed during the sync", version=run.version)
-        error.versions = self._versions.by_index()
-        return error
+    async def _let_go(self, gone: RayActors, seconds: float) -> None:
+        """Let those who left release what they hold, also when the caller is cancelled: the change is made."""
+        await undisturbed(_release(gone, self._name, seconds))
 
     def _seconds(self, deadline: float | None) -> float:
         seconds = self._options.deadline_seconds if deadline is None else deadline
-        if not (seconds > 0 and math.isfinite(seconds)):
+        sound = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if not (sound and seconds > 0 and math.isfinite(seconds)):
             raise errors.ConfigError(f"deadline is {seconds!r}, it must be positive and finite")
 
         return seconds
 
-    # Members.
-
-    def _know(self, members: Members) -> Known:
-        names = (members.source.names, members.destination.names)
-        return Known(
-            RayActors(members.actors),
-            len(members.trainers),
-            members.replicas,
-            self._versions,
-            self._options,
-            names=names,
-        )
-
-    async def _change(self, members: Members, seconds: float) -> None:
-        """Take on other members: whoever left is let go, the others keep what they hold until it does not fit."""
-        known, before = self._know(members), self._known
-        known.layouts = before.layouts
-        self._members, self._known = members, known
-        gone = [actor for actor in before.actors.handles if actor not in members.actors]
-        await self._release(RayActors(gone), self._name, seconds)
-
-    async def _release(self, actors: RayActors, name: str, seconds: float) -> None:
-        """Close every actor's end; those that are dead or stuck are left to their own end."""
-        with anyio.CancelScope(shield=True), anyio.move_on_after(seconds):
-            await actors.close_all(name)
-
     def _require_open(self) -> None:
-        if self._closed:
+        require_event_loop()
+        if self._runner.closed:
             raise errors.GroupClosed("the group is closed")
+
+
+async def _release(actors: RayActors, name: str, seconds: float) -> None:
+    """Close every actor's end; those that are dead or stuck are left to their own end."""
+    with anyio.move_on_after(seconds):
+        await actors.close_all(name)
+
+
+def _check_version(version: int | None) -> None:
+    if version is not None and (type(version) is not int or version < 0):
+        raise errors.ConfigError(f"version is {version!r}, it must be a whole number and not negative")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -47,6 +47,11 @@ async def begin(known: Known, run: RunId, version: int | None, request: SyncRequ
     _observe(known, {actor: reply.standing for actor, reply in replies.items()})
     known.paused = any("before_sync" in reply.hooks for reply in replies.values())
     for actor, reply in replies.items():
+        if request.from_peer and actor < known.sources and reply.standing.version != version:
+            raise errors.SyncError(
+                f"the peer to copy from has version {reply.standing.version}, not {version}", actors=(actor,)
+            )
+
         if reply.torn and actor < known.sources:
             raise errors.SyncError(
                 "a source's weights are torn: a sync into it was begun and not finished", actors=(actor,)

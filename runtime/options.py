@@ -91,14 +91,17 @@ class SyncOptions:
     aliases: Collection[Collection[str]] = ()
 
     def __post_init__(self) -> None:
-        # A string is a collection of strings too: of its letters.
-        _require(not isinstance(self.allow_missing, str), "allow_missing", self.allow_missing, "a collection of names")
+        _require(_is_names(self.allow_missing), "allow_missing", self.allow_missing, "a collection of names")
         object.__setattr__(self, "allow_missing", frozenset(self.allow_missing))
         object.__setattr__(self, "aliases", _alias_sets(self.aliases))
         for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "retries", "frequency"):
             value = getattr(self, name)
             optional = name in ("chunk_bytes", "lookahead")
-            _require(isinstance(value, int) or (optional and value is None), name, value, "an integer")
+            sound = isinstance(value, int) and not isinstance(value, bool)
+            _require(sound or (optional and value is None), name, value, "an integer")
+
+        for name in ("checksum", "release_communicators"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
         _require(self.transport in get_args(Transport), "transport", self.transport, "auto, nccl, ipc or gloo")
         _require(self.budget_bytes >= _LEAST_BUDGET, "budget_bytes", self.budget_bytes, f"at least {_LEAST_BUDGET}")
@@ -106,7 +109,7 @@ class SyncOptions:
             self.chunk_bytes is None or self.chunk_bytes >= _ALIGNMENT, "chunk_bytes", self.chunk_bytes, "16 or more"
         )
         _require(
-            self.strategy == "auto" or self.strategy in STRATEGIES,
+            isinstance(self.strategy, str) and (self.strategy == "auto" or self.strategy in STRATEGIES),
             "strategy",
             self.strategy,
             f"auto or one of {', '.join(sorted(STRATEGIES))}",
@@ -117,7 +120,7 @@ class SyncOptions:
         _require(self.lookahead is None or self.lookahead >= 0, "lookahead", self.lookahead, "None, 0 or more")
         _require(self.in_flight >= 1, "in_flight", self.in_flight, "at least 1")
         _require(
-            0 < self.deadline_seconds <= _MOST_SECONDS,
+            _is_number(self.deadline_seconds) and 0 < self.deadline_seconds <= _MOST_SECONDS,
             "deadline_seconds",
             self.deadline_seconds,
             f"positive and at most {_MOST_SECONDS:.0f}",
@@ -127,7 +130,8 @@ class SyncOptions:
 
         _require(self.retries >= 0, "retries", self.retries, "0 or more")
         _require(
-            self.task_allowance is None or 1 <= self.task_allowance <= _MOST_SECONDS,
+            self.task_allowance is None
+            or (_is_number(self.task_allowance) and 1 <= self.task_allowance <= _MOST_SECONDS),
             "task_allowance",
             self.task_allowance,
             f"None, or 1 to {_MOST_SECONDS:.0f}",
@@ -142,14 +146,22 @@ class SyncOptions:
 
 def _alias_sets(aliases: Collection[Collection[str]]) -> tuple[tuple[str, ...], ...]:
     wanted = "a collection of sets of two or more names, each name in one of them"
-    _require(not isinstance(aliases, str), "aliases", aliases, wanted)
+    _require(isinstance(aliases, Collection) and not isinstance(aliases, str), "aliases", aliases, wanted)
     for names in aliases:
-        sound = not isinstance(names, str) and len(set(names)) > 1 and all(isinstance(name, str) for name in names)
-        _require(sound, "aliases", aliases, wanted)
+        _require(_is_names(names) and len(set(names)) > 1, "aliases", aliases, wanted)
 
     every = [name for names in aliases for name in dict.fromkeys(names)]
     _require(len(set(every)) == len(every), "aliases", aliases, wanted)
     return tuple(sorted(tuple(sorted(set(names))) for names in aliases))
+
+
+def _is_names(value: object) -> bool:
+    """Tell whether ``value`` is a collection of names; a string is one too, of its letters, and is never meant."""
+    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(name, str) for name in value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:

@@ -15,6 +15,7 @@ from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.naming import Renames
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
+from wavecast.runtime.plan.pairs import SCALE
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
 from wavecast.runtime.plan.tasks import task_routes
 from wavecast.runtime.plan.timetable import make_timetable
@@ -22,9 +23,6 @@ from wavecast.runtime.transfer.program import PackedProgram, Program, compile_pr
 from wavecast.scheduler import Schedule
 
 __all__ = ("Only", "Preparation", "prepare", "select_names")
-
-#: What the name of a quantised weight's scales adds to the weight's: see :data:`wavecast.runtime.layout.fp8.SCALE`.
-_SCALE = "_scale_inv"
 
 #: Which logical tensors to sync: a set of names, a predicate over names, or those in training; ``None`` for all.
 Only = Collection[str] | Callable[[str], bool] | Literal["trainable"] | None
@@ -93,7 +91,9 @@ def prepare(
     start = time.perf_counter()
     wanted = {piece.tensor: None for layout in destinations for piece in layout.pieces if piece.box.numel}
     if names is not None:
-        sources = [_only(layout, names) for layout in sources]
+        # With the scales of a weight that a destination holds alone, so that the plan can tell.
+        held = names | {name + SCALE for name in names}
+        sources = [_only(layout, held) for layout in sources]
         destinations = [_only(layout, names) for layout in destinations]
 
     plan = plan_reshard(sources, destinations, allow_missing=options.allow_missing)
@@ -234,8 +234,8 @@ def _picks(only: Callable[[str], bool], name: str) -> bool:
 
 def _with_pairs(names: frozenset[str], held: Collection[str]) -> frozenset[str]:
     """Return ``names`` with the other half of each pair of quantised weight and scales: neither means a thing alone."""
-    scales = {name + _SCALE for name in names}
-    weights = {name.removesuffix(_SCALE) for name in names if name.endswith(_SCALE)}
+    scales = {name + SCALE for name in names}
+    weights = {name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
     return names | frozenset(name for name in held if name in scales or name in weights)
 
 
@@ -245,4 +245,5 @@ def _trained(sources: Sequence[Layout]) -> frozenset[str]:
 
 
 def _only(layout: Layout, names: frozenset[str]) -> Layout:
-    return replace(layout, pieces=tuple(piece for piece in layout.pieces if piece.tensor in names))
+    pieces = tuple(piece for piece in layout.pieces if piece.tensor in names)
+    return replace(layout, pieces=pieces, computed=tuple(name for name in layout.computed if name in names))

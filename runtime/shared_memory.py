@@ -3,7 +3,7 @@ Where an actor's views share memory, or should: refused before a byte moves unle
 
 What is written to one view is written to all on its memory: a destination's must be one tensor's, or one of the two
 would be wrong without a checksum that differs, since it was right when it was summed up. At a source it is the other
-way round: one box twice must be one memory, or which of them is sent were left to chance.
+way round: what it holds twice must be one memory, or which of them is sent were left to chance.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from wavecast.runtime.errors import LayoutError
-from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.box import Box, overlaps
 from wavecast.runtime.layout.shard import Layout, Piece
 
 __all__ = ("require_one_memory", "tied_names")
@@ -22,7 +22,10 @@ _Lookup = Callable[[str], Sequence[str]]
 
 def require_one_memory(sources: Sequence[Layout], look_up: _Lookup) -> None:
     """
-    Refuse sources that hold one box twice, in different memory.
+    Refuse sources that hold a box, or a part of one, twice, in different memory.
+
+    Boxes that overlap in part may be views that do too. Where shards of the tensor are computed, what from is not
+    known, and such boxes pass.
 
     :param look_up: from an actor's own name to the logical ones
     :raises LayoutError: naming both tensors and the actor
@@ -31,24 +34,47 @@ def require_one_memory(sources: Sequence[Layout], look_up: _Lookup) -> None:
         memory = _memory_of(layout)
         names = [look_up(piece.tensor) for piece in layout.pieces]
         often = Counter(name for found in names for name in found)
-        seen: dict[tuple[str, Box], int] = {}
+        held: dict[str, dict[Box, int]] = {}
         for index, (piece, found) in enumerate(zip(layout.pieces, names, strict=True)):
             for name in found:
                 # Most tensors are in one piece: a box takes long to hash.
-                if often[name] == 1:
+                if often[name] == 1 or not piece.box.numel:
                     continue
 
-                other = seen.setdefault((name, piece.box), index)
-                if other == index or not piece.box.numel or memory.get(other, -1) == memory.get(index, -2):
-                    continue
+                other = held.setdefault(name, {}).setdefault(piece.box, index)
+                if other != index and memory.get(other, -1) != memory.get(index, -2):
+                    raise _twice(name, layout.pieces[other], piece, actor)
 
-                raise LayoutError(
-                    f"a source holds {name!r} at offset {piece.box.offset} with extent {piece.box.extent} twice, in "
-                    f"different memory: {_told(layout.pieces[other])} and {_told(piece)}; which one is meant cannot be "
-                    "known",
-                    tensor=name,
-                    actors=(actor,),
-                )
+        shared = frozenset(layout.sharing.overlapping)
+        for name, boxes in held.items():
+            for one, two in overlaps(boxes):
+                if not _is_one_memory(layout, memory, shared, boxes[one], boxes[two]):
+                    raise _twice(name, layout.pieces[boxes[one]], layout.pieces[boxes[two]], actor)
+
+
+def _is_one_memory(
+    layout: Layout, memory: dict[int, int], shared: frozenset[tuple[int, int]], one: int, two: int
+) -> bool:
+    """Tell whether two pieces are views that overlap, or computed: from the same elements, we take it."""
+    if all(layout.pieces[index].tensor in layout.computed for index in (one, two)):
+        return True
+
+    # Of equal views the first stands for all.
+    first, second = (layout.sharing.same[memory[index]][0] if index in memory else index for index in (one, two))
+    return first == second or (min(first, second), max(first, second)) in shared
+
+
+def _twice(name: str, one: Piece, two: Piece, actor: int) -> LayoutError:
+    where = f"at offset {two.box.offset} with extent {two.box.extent} twice"
+    if one.box != two.box:
+        where = "twice in part"
+
+    return LayoutError(
+        f"a source holds {name!r} {where}, in different memory: {_told(one)} and {_told(two)}; which one is meant "
+        "cannot be known",
+        tensor=name,
+        actors=(actor,),
+    )
 
 
 def tied_names(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from wavecast.runtime.reporting import make_report
 from wavecast.runtime.request import SyncRequest
 from wavecast.runtime.stopwatch import Stopwatch
 from wavecast.runtime.transfer.messages import Began, Finished, RunId, RunStep, StepDone
+from wavecast.runtime.undisturbed import undisturbed
 from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskTimeout, run
 
 __all__ = ("SyncRun",)
@@ -73,7 +75,7 @@ class SyncRun:
         self._connection = known.connection
         self._ends = time.monotonic() + request.seconds_left
         self._owing: tuple[int, ...] = ()
-        self._aborted = False
+        self._aborting: asyncio.Future[None] | None = None
         self._finished: dict[int, Finished] = {}
         self._preparation: Preparation | None = None
         self._commit: CommitPhase | None = None
@@ -173,7 +175,7 @@ class SyncRun:
 
         await self.abort("the actors hold other layouts than the last time")
         self._name = RunId(self._name.group, time.time_ns())
-        self._aborted = False
+        self._aborting = None
         self._finished = {}
         return None
 
@@ -275,13 +277,15 @@ class SyncRun:
                     error.tensor = step.cuts[0].tensor
 
     async def abort(self, reason: str) -> None:
-        """End what is left of the sync on all actors, once, within the grace time."""
-        if self._aborted:
-            return
+        """End what is left of the sync on all actors, once, within the grace time, even if the caller is cancelled."""
+        if self._aborting is None:
+            self._owing = self._actors.waiting_for()
+            self._connection.forget()
+            self._aborting = asyncio.ensure_future(self._end_calls(reason))
 
-        self._aborted = True
-        self._owing = self._actors.waiting_for()
-        self._connection.forget()
+        await undisturbed(self._aborting)
+
+    async def _end_calls(self, reason: str) -> None:
         with anyio.move_on_after(_ABORT_SECONDS):
             await self._actors.abort(self._name, reason)
 

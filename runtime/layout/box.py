@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-__all__ = ("Box",)
+__all__ = ("Box", "best_dim", "overlaps")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -128,3 +129,36 @@ def _split_flat(
         boxes += (Box((*fixed, offset[0] + first, *offset[1:]), (*ones, last - first, *extent[1:])),)
 
     return boxes + (within(last, 0, tail) if tail else ())
+
+
+def best_dim(boxes: Iterable[Box]) -> int:
+    """Return the dim with the most different starts, or -1 without dims."""
+    starts: list[set[int]] = []
+    for box in boxes:
+        starts = starts or [set() for _ in box.offset]
+        for seen, start in zip(starts, box.offset, strict=True):
+            seen.add(start)
+
+    return max(range(len(starts)), key=lambda dim: (len(starts[dim]), -dim), default=-1)
+
+
+def overlaps(boxes: Iterable[Box]) -> Iterator[tuple[Box, Box]]:
+    """Yield every two of ``boxes`` that share an element: a sweep along the dim that tells them apart best."""
+    found = list(boxes)
+    if len(found) < 2:
+        return
+
+    dim = best_dim(found)
+    if dim >= 0:
+        found.sort(key=lambda box: box.offset[dim])
+
+    active: list[Box] = []
+    for box in found:
+        if dim >= 0:
+            active = [other for other in active if other.offset[dim] + other.extent[dim] > box.offset[dim]]
+
+        for other in active:
+            if box.intersect(other) is not None:
+                yield other, box
+
+        active.append(box)

@@ -9,7 +9,7 @@ from typing import Literal
 from wavecast.runtime.errors import ConfigError
 from wavecast.runtime.layout.dtypes import itemsize
 
-__all__ = ("Family", "MlaConfig", "ModelConfig", "MoeConfig")
+__all__ = ("Family", "MlaConfig", "ModelConfig", "MoeConfig", "require_config")
 
 #: The architectures known, by the ``model_type`` that Hugging Face gives them.
 Family = Literal["llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3"]
@@ -368,3 +368,15 @@ _ARCHITECTURES: Mapping[str, Family] = {
 }
 
 _MODEL_TYPES: Mapping[str, Family] = {**{family: family for family in _FAMILIES}, "kimi_k2": "deepseek_v3"}
+
+
+def require_config(config: object) -> None:
+    """
+    Refuse what is no :class:`ModelConfig`.
+
+    :raises ConfigError: naming what it is
+    """
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}: give a ModelConfig, such as ModelConfig.from_dict() makes"
+        )

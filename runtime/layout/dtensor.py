@@ -156,6 +156,9 @@ def _named_tensors(
     module: torch.nn.Module | Iterable[tuple[str, torch.Tensor]], *, buffers: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if not isinstance(module, torch.nn.Module):
+        if not isinstance(module, Iterable):
+            raise LayoutError(f"a {type(module).__name__} is neither a module nor tensors with their names")
+
         yield from ((clean_name(name), tensor) for name, tensor in module)
         return
 

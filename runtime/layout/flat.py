@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Protocol, SupportsIndex, TypeGuard, cast
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
@@ -72,10 +72,10 @@ def flat_shards(
     :param parameters: name and shape of each parameter in turn, row-major; ``None`` names padding between them
     :param start: which element of the whole flattened parameter is the first of ``flat``
     :param frozen: names of parameters that are not trainable
-    :raises LayoutError: when ``flat`` has not one dim or ``start`` is negative
+    :raises LayoutError: when ``flat`` has not one dim or ``start`` is no integer of at least 0
     """
-    if flat.dim() != 1 or start < 0:
-        raise LayoutError(f"a flat range needs one dim and a start of at least 0, not {tuple(flat.shape)} at {start}")
+    if flat.dim() != 1 or not isinstance(start, SupportsIndex) or start < 0:
+        raise LayoutError(f"a flat range needs one dim and a start of at least 0, not {tuple(flat.shape)} at {start!r}")
 
     parameters = tuple(parameters)
     for name, sizes in parameters:

@@ -63,9 +63,9 @@ def quantised(
     :param block: rows and columns of a block
     :param power_of_two: round each scale up to a power of two before dividing by it (still in float32), for kernels
         that keep nothing of a scale but its exponent
-    :raises ConfigError: for a block without rows or columns
+    :raises ConfigError: for a block that is not two positive integers
     :raises LayoutError: when part of a block is on other actors only, or for a picked tensor that is no matrix of
-        wider floating point elements
+        wider floating point elements, or that this actor holds in several dtypes
     """
     _check_block(block)
     held = list(shards)
@@ -91,10 +91,18 @@ def paired(shard: Shard, scale: torch.Tensor, *, block: tuple[int, int] = BLOCK)
 
     :param scale: this actor's scales, one for each block that the shard reaches into, in float32: no scale is ever
         rounded to another dtype
-    :raises ConfigError: for a block without rows or columns
-    :raises LayoutError: when the shard begins or ends inside a block, or ``scale`` is not of the shape this makes
+    :raises ConfigError: for a block that is not two positive integers
+    :raises LayoutError: when the shard is not in float8_e4m3fn or ``scale`` not in float32, when the shard begins or
+        ends inside a block, or ``scale`` is not of the shape this makes
     """
     _check_block(block)
+    if shard.view.dtype != _DTYPE or scale.dtype != torch.float32:
+        raise LayoutError(
+            f"{shard.name!r} is {shard.view.dtype} and its scales are {scale.dtype}: a pair is {_DTYPE} and "
+            f"{torch.float32}",
+            tensor=shard.name,
+        )
+
     box, shape = shard.box, shard.global_shape
     grid = _grid(box, block) if len(shape) == 2 else box
     if len(shape) != 2 or _elements_of(grid, shape, block) != box or tuple(scale.shape) != grid.extent:
@@ -129,6 +137,13 @@ class _Blocks:
         if len(shape) != 2 or not view.dtype.is_floating_point or view.dtype.itemsize == 1:
             raise LayoutError(
                 f"{self.name!r} of shape {shape} and dtype {view.dtype} is not a matrix to quantise", tensor=self.name
+            )
+
+        other = next((each.view.dtype for each in self.shards if each.view.dtype != view.dtype), None)
+        if other is not None:
+            raise LayoutError(
+                f"this actor holds {self.name!r} both in {view.dtype} and {other}: which to quantise cannot be known",
+                tensor=self.name,
             )
 
         grid = _grid(shard.box, self.block)
@@ -207,7 +222,7 @@ class _Blocks:
 
 
 def _check_block(block: tuple[int, int]) -> None:
-    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+    if not isinstance(block, Sequence) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise ConfigError(f"block={block!r} must be two positive integers, rows and columns")
 
 

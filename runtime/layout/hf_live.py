@@ -17,7 +17,7 @@ from typing import get_args
 import torch
 
 from wavecast.runtime.errors import LayoutError
-from wavecast.runtime.layout.config import Family, ModelConfig
+from wavecast.runtime.layout.config import Family, ModelConfig, require_config
 from wavecast.runtime.layout.dtensor import clean_name
 from wavecast.runtime.layout.hf import LogicalTensor, logical_tensors
 from wavecast.runtime.layout.shard import Shard
@@ -45,8 +45,15 @@ def shards(
         unknown here, tensors keep the module's names and shapes, and of those that share memory only the first is given
     :param buffers: give a module's persistent buffers too, such as the bias on DeepSeek's router scores
     :raises LayoutError: for a tensor that is distributed, or whose shape is not the one that ``config`` leads to
-    :raises ConfigError: for a module's own configuration of a known type that cannot be read
+    :raises ConfigError: for a module's own configuration of a known type that cannot be read, and where ``config`` is
+        no :class:`ModelConfig`
     """
+    if not isinstance(model, torch.nn.Module | Mapping):
+        raise LayoutError(f"a {type(model).__name__} is neither a module nor a state dict")
+
+    if config is not None:
+        require_config(config)
+
     tensors = _state(model, buffers=buffers)
     whole = [
         Shard(name, tensor.detach(), (0,) * tensor.dim(), tuple(tensor.shape), trainable=_is_trainable(tensor, model))

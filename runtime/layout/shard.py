@@ -117,8 +117,12 @@ class Layout:
 
 
 def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
-    """Return the layout of ``shards``: names, boxes, dtypes, what is frozen, computed or shared, but no memory."""
-    shards = list(shards)
+    """
+    Return the layout of ``shards``: names, boxes, dtypes, what is frozen, computed or shared, but no memory.
+
+    :raises LayoutError: for what is no list of shards
+    """
+    shards = _require_shards(shards)
     pieces: list[Piece] = []
     frozen: dict[str, None] = {}
     computed: dict[str, None] = {}
@@ -135,6 +139,23 @@ def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
 
     sharing = find_sharing(None if isinstance(shard.view, Computed) else shard.view for shard in shards)
     return Layout(tuple(pieces), place, tuple(name for name in frozen if name not in trained), tuple(computed), sharing)
+
+
+def _require_shards(shards: object) -> list[Shard]:
+    """
+    Return ``shards`` as a list.
+
+    :raises LayoutError: naming what is no list, or no shard
+    """
+    if not isinstance(shards, Iterable):
+        raise LayoutError(f"a {type(shards).__name__} is no list of shards")
+
+    found = list(shards)
+    for index, shard in enumerate(found):
+        if not isinstance(shard, Shard):
+            raise LayoutError(f"number {index} of the shards is a {type(shard).__name__}")
+
+    return found
 
 
 def _check_types(name: object, view: object, offset: object) -> None:

@@ -89,9 +89,9 @@ def _extent(view: torch.Tensor, index: int) -> _Extent:
         nbytes = view.numel() * size
         return _Extent(start, start + nbytes, index, nbytes, ())
 
-    # In the order of the memory, so that a transposed dense matrix is one run too.
+    # In the order of the memory, so that a transposed dense matrix is one run too. An expanded dim adds no memory.
     dims = sorted(
-        ((n, stride * size) for n, stride in zip(view.shape, view.stride(), strict=True) if n > 1),
+        ((n, stride * size) for n, stride in zip(view.shape, view.stride(), strict=True) if n > 1 and stride),
         key=lambda dim: dim[1],
     )
     nbytes = size

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.config import ModelConfig
+from wavecast.runtime.layout.config import ModelConfig, require_config
 from wavecast.runtime.layout.shard import Layout, Piece, Shard
 from wavecast.runtime.layout.vllm_format import VLLM, EngineFormat, EngineParameter, EngineRank, Slot
 from wavecast.runtime.layout.vllm_parameters import alternatives, parameters
@@ -62,10 +62,14 @@ def shards(
     :param config: of the model, as the checkpoint the engine was started with has it
     :param tp_rank: see :class:`EngineRank` for this and what follows
     :param fmt: what the engine chose to do otherwise than vLLM by default
-    :raises ConfigError: where the sizes do not fit the model
+    :raises ConfigError: where the sizes do not fit the model, or ``config`` is no :class:`ModelConfig`
     :raises LayoutError: where the live parameters are not those that the configuration and the sizes lead to; the
         message says which are unknown, of another shape, or missing
     """
+    require_config(config)
+    if not isinstance(named_parameters, Iterable):
+        raise LayoutError(f"named_parameters is a {type(named_parameters).__name__}: give names with their tensors")
+
     rank = EngineRank(tp_rank, tp_size, pp_rank, pp_size, dp_rank, dp_size, expert_parallel)
     named = named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters
     live = [(name, parameter.detach()) for name, parameter in named if not name.endswith(_OWN)]
@@ -86,6 +90,7 @@ def layout(config: ModelConfig, rank: EngineRank, *, fmt: EngineFormat = VLLM, d
     :param dtype: the engine's; parameters with a dtype of their own keep it
     :raises ConfigError: where the sizes do not fit the model
     """
+    require_config(config)
     return Layout(
         tuple(
             Piece(slot.tensor, slot.box, slot.global_shape, claim.dtype or dtype)

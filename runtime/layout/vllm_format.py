@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ class EngineRank:
     :ivar dp_size: repetitions of the dense part
     :ivar expert_parallel: the ``tp_size * dp_size`` ranks of a stage share out whole experts; otherwise each has a
         slice of every expert
-    :raises ConfigError: for a size below 1, or a rank outside its size
+    :raises ConfigError: for a size below 1, a rank outside its size, or a value of another type
     """
 
     tp_rank: int = 0
@@ -45,6 +46,8 @@ class EngineRank:
 
             if not 0 <= rank < size:
                 raise ConfigError(f"{axis}_rank={rank} is not in an engine of {axis}_size={size}")
+
+        _require_bool(expert_parallel=self.expert_parallel)
 
     @property
     def moe_rank(self) -> int:
@@ -75,7 +78,7 @@ class EngineFormat:
         ``w2_weight_scale_inv``) of one float32 a block; ``None`` where they are not
     :ivar whole_shared_experts: DeepSeek's shared experts are whole on every rank; by default what vLLM does: with
         expert parallelism and both tensor and data parallelism (its sequence-parallel experts)
-    :raises ConfigError: for sizes that are no positive integers, and for an unknown placement
+    :raises ConfigError: for sizes that are no positive integers, an unknown placement, and values of another type
     """
 
     vocab_padding: int = 64
@@ -93,13 +96,49 @@ class EngineFormat:
         if not _is_positive(self.vocab_padding):
             raise ConfigError(f"vocab_padding={self.vocab_padding!r} must be a positive integer")
 
-        block = self.scale_block
-        if block is not None and not (isinstance(block, tuple) and len(block) == 2 and all(map(_is_positive, block))):
-            raise ConfigError(f"scale_block={block!r} must be two positive integers, rows and columns")
+        _require_bool(gate_first=self.gate_first)
+        if self.whole_shared_experts is not None:
+            _require_bool(whole_shared_experts=self.whole_shared_experts)
 
-        layers = self.pp_layers
-        if layers is not None and not all(type(count) is int and count >= 0 for count in layers):
-            raise ConfigError(f"pp_layers={layers!r} must be counts of layers, one a stage")
+        if self.scale_block is not None:
+            block = _tuple("scale_block", self.scale_block, _BLOCK)
+            if len(block) != 2 or not all(map(_is_positive, block)):
+                raise ConfigError(f"scale_block={block!r} must be {_BLOCK}")
+
+            object.__setattr__(self, "scale_block", block)
+
+        if self.pp_layers is not None:
+            object.__setattr__(self, "pp_layers", _counts("pp_layers", self.pp_layers, _LAYERS))
+
+        if self.expert_slots is not None:
+            slots = _tuple("expert_slots", self.expert_slots, _SLOTS)
+            object.__setattr__(self, "expert_slots", tuple(_counts("expert_slots", each, _SLOTS) for each in slots))
+
+
+_BLOCK = "two positive integers, rows and columns"
+_LAYERS = "counts of layers, one a stage"
+_SLOTS = "for each decoder layer the numbers of the experts in its slots"
+
+
+def _require_bool(**values: object) -> None:
+    for name, value in values.items():
+        if type(value) is not bool:
+            raise ConfigError(f"{name}={value!r} must be True or False")
+
+
+def _tuple(name: str, value: object, wanted: str) -> tuple[object, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConfigError(f"{name}={value!r} must be {wanted}")
+
+    return tuple(value)
+
+
+def _counts(name: str, value: object, wanted: str) -> tuple[object, ...]:
+    counts = _tuple(name, value, wanted)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ConfigError(f"{name}={value!r} must be {wanted}")
+
+    return counts
 
 
 def _is_positive(size: object) -> bool:

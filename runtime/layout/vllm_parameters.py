@@ -217,7 +217,12 @@ class _Rules:
 
     def _held_experts(self, moe: MoeConfig, layer: int) -> Sequence[int]:
         if self._fmt.expert_slots is not None:
-            held = self._fmt.expert_slots[layer] if layer < len(self._fmt.expert_slots) else ()
+            if len(self._fmt.expert_slots) != self._config.num_layers:
+                raise ConfigError(
+                    f"expert_slots are of {len(self._fmt.expert_slots)} layers, the model has {self._config.num_layers}"
+                )
+
+            held = self._fmt.expert_slots[layer]
             outside = [expert for expert in held if not 0 <= expert < moe.num_experts]
             if outside:
                 raise ConfigError(f"expert_slots of layer {layer} name {outside}, of {moe.num_experts} experts")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from wavecast.runtime.errors import LayoutError
-from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.box import Box, best_dim, overlaps
 from wavecast.runtime.layout.dtypes import ITEMSIZE
 from wavecast.runtime.plan.placement import Holding
 from wavecast.runtime.plan.route import is_castable
@@ -45,8 +45,8 @@ def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence
     one, with all who want them. Where no two sources overlap partly there is one cell for each pair of boxes that
     meet; where some do, the smaller box comes first, which leaves each cell the most holders to choose from.
 
-    Where sources hold the tensor in several dtypes, only those in the receivers' own dtype send, or, where none has
-    it, those in the widest: rounded elements are never mixed with exact ones by chance.
+    Where sources hold the tensor in several dtypes, each element is sent by one in the receivers' own dtype, or, where
+    none has it, in the widest: boxes are cut so that no rounded element takes the place of an exact one.
 
     :raises LayoutError: when global shapes disagree, a dtype cannot be cast, a box does not fit, boxes of one
         destination actor overlap without being equal, or elements are held by no source
@@ -55,14 +55,13 @@ def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence
     _check_dtypes(tensor, sources, destinations)
     _check_disjoint(tensor, destinations)
 
-    held = _BoxIndex(_merge_actors((each.box, each.actors) for each in sources if each.box.numel))
+    held = _index_by_dtype(sources)
     wanted = _merge_actors(((each.box, each.dtype), each.actors) for each in destinations if each.box.numel)
     receivers: dict[tuple[Box, str], tuple[int, ...]] = {}
     holders: dict[tuple[Box, str], tuple[int, ...]] = {}
-    mixed = len({each.dtype for each in sources}) > 1
     for (box, dtype), actors in wanted.items():
-        for part, owners in _cut(tensor, box, held, actors):
-            holders[part, dtype] = _of_best_dtype(sources, part, dtype) if mixed else owners
+        for part, owners in _cover(tensor, box, _by_preference(held, dtype), actors):
+            holders[part, dtype] = owners
             receivers[part, dtype] = (*receivers.get((part, dtype), ()), *actors)
 
     return tuple(
@@ -71,22 +70,11 @@ def cover_tensor(tensor: str, sources: Sequence[Holding], destinations: Sequence
     )
 
 
-def _of_best_dtype(sources: Sequence[Holding], part: Box, wanted: str) -> tuple[int, ...]:
-    """Return the actors that hold all of ``part`` in the dtype wanted, or else in the widest that any has it in."""
-    by_dtype: dict[str, set[int]] = {}
-    for source in sources:
-        if source.box.contains(part):
-            by_dtype.setdefault(source.dtype, set()).update(source.actors)
-
-    best = max(by_dtype, key=lambda dtype: (dtype == wanted, ITEMSIZE[dtype], dtype))
-    return tuple(sorted(by_dtype[best]))
-
-
 class _BoxIndex:
     """Boxes with their holders, sorted along the dim that tells them apart best."""
 
     def __init__(self, held: dict[Box, tuple[int, ...]]) -> None:
-        self.dim = _best_dim(held)
+        self.dim = best_dim(held)
         self.boxes = sorted(held, key=self._start)
         self.holders = held
         self._starts = [self._start(box) for box in self.boxes]
@@ -105,8 +93,57 @@ class _BoxIndex:
         return self.boxes[first : bisect_left(self._starts, low + box.extent[self.dim])]
 
 
-def _cut(tensor: str, box: Box, held: _BoxIndex, receivers: tuple[int, ...]) -> list[tuple[Box, tuple[int, ...]]]:
-    """Return disjoint parts that make up ``box``, in row-major order of their offsets, each with all its holders."""
+def _index_by_dtype(sources: Sequence[Holding]) -> dict[str, _BoxIndex]:
+    by_dtype: dict[str, list[tuple[Box, tuple[int, ...]]]] = {}
+    for each in sources:
+        if each.box.numel:
+            by_dtype.setdefault(each.dtype, []).append((each.box, each.actors))
+
+    return {dtype: _BoxIndex(_merge_actors(found)) for dtype, found in by_dtype.items()}
+
+
+def _by_preference(held: dict[str, _BoxIndex], wanted: str) -> list[_BoxIndex]:
+    """Return who holds what in the dtype wanted, then in the others from the widest on."""
+    if len(held) == 1:
+        return list(held.values())
+
+    order = sorted(held, key=lambda dtype: (dtype == wanted, ITEMSIZE[dtype], dtype), reverse=True)
+    return [held[dtype] for dtype in order]
+
+
+def _cover(
+    tensor: str, box: Box, held: Sequence[_BoxIndex], receivers: tuple[int, ...]
+) -> list[tuple[Box, tuple[int, ...]]]:
+    """Return disjoint parts that make up ``box``, each with all its holders: what the first lack, the next have."""
+    cells: list[tuple[Box, tuple[int, ...]]] = []
+    missing = [box]
+    for index in held:
+        lacking: list[Box] = []
+        for fragment in missing:
+            found, rest = _cut(fragment, index)
+            cells += found
+            lacking += rest
+
+        missing = lacking
+        if not missing:
+            # Row by row, whoever holds them; what one index gives is in that order.
+            return cells if len(held) == 1 else sorted(cells)
+
+    first = min(missing)
+    raise LayoutError(
+        f"no source holds {tensor!r} at offset {first.offset}, extent {first.extent}, "
+        f"of what actors {receivers} want: offset {box.offset}, extent {box.extent}",
+        tensor=tensor,
+        actors=receivers,
+    )
+
+
+def _cut(box: Box, held: _BoxIndex) -> tuple[list[tuple[Box, tuple[int, ...]]], list[Box]]:
+    """
+    Return disjoint parts of ``box`` that are held, in row-major order of their offsets, each with all its holders.
+
+    Beside them what is not held, in disjoint parts too.
+    """
     near = held.near(box)
     parts: dict[Box, list[int]] = {}
     for source in near:
@@ -114,8 +151,8 @@ def _cut(tensor: str, box: Box, held: _BoxIndex, receivers: tuple[int, ...]) -> 
         if common is not None:
             parts.setdefault(common, []).extend(held.holders[source])
 
-    if sum(part.numel for part in parts) == box.numel and _first_overlap(parts) is None:
-        return [(part, tuple(sorted(set(parts[part])))) for part in sorted(parts)]
+    if sum(part.numel for part in parts) == box.numel and not any(overlaps(parts)):
+        return [(part, tuple(sorted(set(parts[part])))) for part in sorted(parts)], []
 
     cells: list[Box] = []
     missing = [box]
@@ -131,20 +168,12 @@ def _cut(tensor: str, box: Box, held: _BoxIndex, receivers: tuple[int, ...]) -> 
 
         missing = rest
 
-    if missing:
-        first = min(missing)
-        raise LayoutError(
-            f"no source holds {tensor!r} at offset {first.offset}, extent {first.extent}, "
-            f"of what actors {receivers} want: offset {box.offset}, extent {box.extent}",
-            tensor=tensor,
-            actors=receivers,
-        )
-
     owners = [(source, held.holders[source]) for source in near]
-    return [
+    found = [
         (cell, tuple(sorted({actor for source, actors in owners if source.contains(cell) for actor in actors})))
         for cell in sorted(cells)
     ]
+    return found, missing
 
 
 def _merge_actors(items: Iterable[tuple[_Key, tuple[int, ...]]]) -> dict[_Key, tuple[int, ...]]:
@@ -153,39 +182,6 @@ def _merge_actors(items: Iterable[tuple[_Key, tuple[int, ...]]]) -> dict[_Key, t
         merged[key] = (*merged.get(key, ()), *actors)
 
     return merged
-
-
-def _best_dim(boxes: Iterable[Box]) -> int:
-    """Return the dim with the most different starts, or -1 without dims."""
-    starts: list[set[int]] = []
-    for box in boxes:
-        starts = starts or [set() for _ in box.offset]
-        for seen, start in zip(starts, box.offset, strict=True):
-            seen.add(start)
-
-    return max(range(len(starts)), key=lambda dim: (len(starts[dim]), -dim), default=-1)
-
-
-def _first_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
-    """Return two of ``boxes`` that share an element, or ``None``: a sweep along the dim that tells them apart best."""
-    found = list(boxes)
-    if len(found) < 2:
-        return None
-
-    dim = _best_dim(found)
-    if dim < 0:
-        return found[0], found[1]
-
-    active: list[Box] = []
-    for box in sorted(found, key=lambda box: box.offset[dim]):
-        active = [other for other in active if other.offset[dim] + other.extent[dim] > box.offset[dim]]
-        for other in active:
-            if box.intersect(other) is not None:
-                return other, box
-
-        active.append(box)
-
-    return None
 
 
 def _check_shapes(tensor: str, holdings: Sequence[Holding]) -> None:
@@ -246,7 +242,7 @@ def _check_disjoint(tensor: str, destinations: Sequence[Holding]) -> None:
             by_layout.setdefault(holding.actors, {})[holding.box] = None
 
     for actors, boxes in by_layout.items():
-        overlap = _first_overlap(boxes)
+        overlap = next(overlaps(boxes), None)
         if overlap is not None:
             a, b = overlap
             raise LayoutError(

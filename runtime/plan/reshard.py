@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from wavecast.runtime.errors import LayoutError
+from wavecast.runtime.errors import ConfigError, LayoutError
 from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.plan.balance import Demand, Share, choose_senders
 from wavecast.runtime.plan.collector import paused_collector
 from wavecast.runtime.plan.cover import Cell, cover_tensor
+from wavecast.runtime.plan.pairs import require_pairs
 from wavecast.runtime.plan.placement import Holding, Placements, place_tensors
 from wavecast.runtime.plan.route import Route
 
@@ -92,9 +93,19 @@ def plan_reshard(
     routes.
 
     :param allow_missing: tensors that destinations may want without any source having them; they are left out
+    :raises ConfigError: when ``allow_missing`` is no collection of names
     :raises LayoutError: naming tensor, box and actors: a tensor or elements that no source holds, global shapes that
-        disagree, dtypes that cannot be cast, pieces of one destination actor that overlap without being equal
+        disagree, dtypes that cannot be cast, pieces of one destination actor that overlap without being equal, a
+        weight in float8 without its scales (``X`` and ``X_scale_inv``) or one of the two without the other, and what a
+        destination computes
     """
+    if isinstance(allow_missing, str) or not isinstance(allow_missing, Collection):
+        raise ConfigError(f"allow_missing={allow_missing!r} must be a collection of names")
+
+    for actor, layout in enumerate((*src_layouts, *dst_layouts)):
+        if not isinstance(layout, Layout):
+            raise LayoutError(f"the layout of actor {actor} is a {type(layout).__name__}, not what describe() returns")
+
     with paused_collector():
         return _plan(src_layouts, dst_layouts, frozenset(allow_missing))
 
@@ -102,6 +113,8 @@ def plan_reshard(
 def _plan(src_layouts: Sequence[Layout], dst_layouts: Sequence[Layout], allow_missing: frozenset[str]) -> ReshardPlan:
     sources = place_tensors(src_layouts, first_actor=0)
     destinations = place_tensors(dst_layouts, first_actor=len(src_layouts))
+    _require_memory(dst_layouts, sources, first_actor=len(src_layouts))
+    require_pairs(sources, destinations, allow_missing)
     templates, order = _make_templates(sources, destinations, allow_missing)
 
     demands = [
@@ -185,6 +198,16 @@ def _make_templates(
         template.tensors.append(tensor)
 
     return list(templates.values()), order
+
+
+def _require_memory(dst_layouts: Sequence[Layout], sources: Placements, *, first_actor: int) -> None:
+    """Refuse to send what a destination works out as it is read."""
+    for actor, layout in enumerate(dst_layouts, first_actor):
+        for name in layout.computed:
+            if name in sources.tensors:
+                raise LayoutError(
+                    f"{name!r} is computed at a destination: it can be read only", tensor=name, actors=(actor,)
+                )
 
 
 def _check_empty(tensor: str, wanted: Sequence[Holding]) -> None:

@@ -155,7 +155,7 @@ class Memory:
         if len(shards) > 1:
             # As the plan chose among actors: the dtype that travels, else the widest.
             wanted = dtype_of(cut.dtype)
-            shards.sort(key=lambda shard: (shard.view.dtype != wanted, -shard.view.dtype.itemsize))
+            shards.sort(key=lambda shard: _preference(shard.view.dtype, wanted), reverse=True)
 
         return shards
 
@@ -226,6 +226,10 @@ def _require_promised(found: object, computed: Computed, cut: Cut) -> torch.Tens
     )
 
 
+def _preference(dtype: torch.dtype, wanted: torch.dtype) -> tuple[bool, int, str]:
+    return dtype == wanted, dtype.itemsize, str(dtype)
+
+
 def _narrow(view: torch.Tensor, offset: tuple[int, ...], cut: Cut) -> torch.Tensor:
     for dim, (start, length) in enumerate(zip(cut.offset, cut.extent, strict=True)):
         if length != view.shape[dim]:
@@ -245,6 +249,10 @@ def _require_plain(shard: Shard) -> None:
         why = f"is of type {type(view).__name__}, not a torch.Tensor"
     elif type(view).__name__ == "DTensor":
         why = "is a DTensor, whose local part alone is memory: use the dtensor adapter"
+    elif type(view).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        why = f"is a {type(view).__name__}, which wraps other tensors: give those as shards, or what it stands for"
+    elif view.layout != torch.strided:
+        why = f"is of layout {view.layout}, not strided"
     elif view.is_meta:
         why = "is on the meta device, without memory"
     elif view.is_conj() or view.is_neg():

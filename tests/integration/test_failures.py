@@ -333,7 +333,7 @@ async def test_cancelling_the_trainer_leaves_the_group_usable(make_sides: MakeSi
     assert sides.differing(2) == {}
 
 
-@pytest.mark.parametrize("deadline", [0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("deadline", [0, -1.0, float("inf"), float("nan"), "3", True])
 async def test_a_deadline_that_cannot_be_is_refused_at_once(make_sides: MakeSides, deadline: float) -> None:
     sides = make_sides("tp=1", "tp=1")
     async with ParameterSyncGroup(*sides.groups()) as group:

@@ -217,7 +217,7 @@ async def test_an_engine_that_a_lost_driver_left_behind_resumes_as_the_next_one_
 
     stage.trainers[0].on_request = vanish
     # Nobody hears of the end: the actors are left in their run.
-    group._known.actors.abort = _nothing  # type: ignore[method-assign, assignment]
+    group._lineup.known.actors.abort = _nothing  # type: ignore[method-assign, assignment]
     with pytest.raises(Exception, match="Gone"):
         await group.sync(1)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +12,8 @@ from tests.runtime.local_actors import local
 from tests.runtime.local_groups import held, sync
 from wavecast.runtime import LayoutError, Shard, SyncOptions
 from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.shard import Computed
+from wavecast.runtime.layout.shard import Computed, describe
+from wavecast.runtime.naming import name_layouts
 
 __all__ = ("local",)
 
@@ -118,6 +122,31 @@ def test_views_of_one_memory_under_one_name_stay_fine() -> None:
     weight, memory = full(1), full(0)
     sync([[held("w", weight), held("w", weight)]], [[held("w", memory)]])
     assert memory.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 3)])
+def test_a_source_that_holds_parts_of_boxes_in_different_memory_is_refused(shape: tuple[int, ...]) -> None:
+    memory, rest = torch.arange(math.prod(shape)).float().reshape(shape), (0,) * (len(shape) - 1)
+    upper, lower = Shard("w", memory[:6], (0, *rest), shape), Shard("w", memory[2:], (2, *rest), shape)
+    apart = Shard("w", memory[2:].clone(), (2, *rest), shape)
+    whole = Shard("w", memory, (0, *rest), shape)
+    inner = Shard("w", memory[3:5].clone(), (3, *rest), shape)
+    for shards in ([upper, apart], [apart, upper], [upper, lower, inner], [inner, whole]):
+        with pytest.raises(LayoutError, match="a source holds 'w' twice in part, in different memory") as caught:
+            name_layouts([describe([upper]), describe(shards)], [])
+
+        assert caught.value.actors == (1,)
+
+    # Windows of one memory, a tied copy among them, and an actor for each of the two memories.
+    name_layouts([describe([upper, lower, upper]), describe([inner])], [])
+    name_layouts([describe([replace(lower, name="tied"), upper, lower])], [])
+
+
+def test_computed_views_may_overlap_in_part() -> None:
+    def computed(rows: int) -> Computed:
+        return Computed((rows,), torch.float32, torch.device("cpu"), lambda box: torch.ones(box.extent))
+
+    name_layouts([describe([Shard("w", computed(6), (0,), (8,)), Shard("w", computed(4), (4,), (8,))])], [])
 
 
 def test_a_computed_view_twice_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,8 +63,11 @@ def adapter(
     of B and all of A, a row-parallel one its own columns of A and all of B. They are named as PEFT names those of
     linear layers in its checkpoints.
 
-    :raises LayoutError: when A or B has not two dims, or they disagree on the rank
+    :raises LayoutError: when A or B has not two dims, or they disagree on the rank, or ``scale`` is no finite number
     """
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise LayoutError(f"the scale of the adapter on {name!r} is {scale!r}, it must be a finite number", tensor=name)
+
     made = Adapter(name, _factor(name, "A", a), _factor(name, "B", b), scale, transposed)
     ranks = {shard.global_shape[0] for shard in made.a} | {shard.global_shape[1] for shard in made.b}
     if len(ranks) > 1:
@@ -87,6 +91,9 @@ def adapter_only(adapters: Iterable[Adapter], *, prefix: str = "base_model.model
 
 def _factor(name: str, factor: str, part: torch.Tensor | Sequence[Shard]) -> tuple[Shard, ...]:
     own = factor_name(name, factor)
+    if not isinstance(part, torch.Tensor | Sequence) or isinstance(part, str):
+        raise LayoutError(f"{own!r} is a {type(part).__name__}, neither a tensor nor shards", tensor=name)
+
     held = parameter_shards(own, part) if isinstance(part, torch.Tensor) else [replace(each, name=own) for each in part]
     if any(len(shard.global_shape) != 2 for shard in held):
         raise LayoutError(f"{own!r} is not a matrix", tensor=name)

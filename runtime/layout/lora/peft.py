@@ -80,7 +80,9 @@ def peft_adapters(
     :param adapters: names of the adapters to take; each layer's active ones by default
     :param names: from the names of the model without PEFT to logical ones
     :raises LayoutError: for an adapter that is merged into its base already, that is more than ``scale * B @ A``
-        (DoRA and its like, biases), or that is on a module of another kind
+        (DoRA and its like, biases), or that is on a module of another kind; for adapters of PEFT's other tuners (IA3,
+        LoHa, VeRA, OFT, single tokens), which would be left out of the sum; and for layers whose adapters are disabled,
+        unless ``adapters`` says which are meant
     """
     by_storage: dict[int, list[tuple[Shard, torch.Tensor]]] = {}
     for shard in base:
@@ -89,8 +91,17 @@ def peft_adapters(
 
     found: list[Adapter] = []
     for path, layer in module.named_modules():
-        if _is_lora(layer):
-            name = _plain(clean_name(path))
+        name = _plain(clean_name(path))
+        if not _is_lora(layer):
+            _check_no_other_tuner(layer, name)
+        else:
+            if adapters is None and getattr(layer, "disable_adapters", False):
+                raise LayoutError(
+                    f"the adapters on {name!r} are disabled: enable them, name those to take by adapters=, or sync "
+                    "the base alone",
+                    tensor=name,
+                )
+
             for chosen in layer.active_adapters if adapters is None else adapters:
                 found.extend(_layer_adapters(layer, name, chosen, by_storage, names))
 
@@ -104,6 +115,26 @@ def _plain(name: str) -> str:
 
 def _is_lora(module: object) -> TypeGuard[_LoraLayer]:
     return all(hasattr(module, name) for name in ("lora_A", "lora_B", "lora_embedding_A", "scaling", "get_base_layer"))
+
+
+def _check_no_other_tuner(module: torch.nn.Module, path: str) -> None:
+    """Refuse a layer of PEFT's that does something else to its base than LoRA; whole copies are told by their names."""
+    own = getattr(module, "adapter_layer_names", None)
+    if own is None or hasattr(module, "modules_to_save"):
+        return
+
+    if hasattr(module, "token_adapter") or hasattr(module, "trainable_tokens_delta"):
+        raise LayoutError(
+            f"{path!r} trains single tokens (trainable_token_indices): that is not scale * B @ A; train a copy of the "
+            "whole module by modules_to_save",
+            tensor=path,
+        )
+
+    raise LayoutError(
+        f"the adapter on {path!r} is a {type(module).__module__}.{type(module).__qualname__} with {', '.join(own)}: it "
+        "is no LoRA, and would be left out",
+        tensor=path,
+    )
 
 
 def _layer_adapters(

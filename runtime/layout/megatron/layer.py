@@ -75,6 +75,12 @@ class LayerReader:
         if setting(attention, "attention_output_gate"):
             raise LayoutError("linear_qkv holds gates too (attention_output_gate): no known family has such")
 
+        if setting(attention, "rotary_interleaved") and self._config.mla is None:
+            raise LayoutError(
+                "rotary positions turn neighbouring elements of a head (rotary_interleaved): in checkpoints the two of "
+                "a pair lie half a head apart"
+            )
+
         prefix, ranks = self._names.attention, tensor_ranks(attention)
         first = find(attention, "linear_qkv") or find(attention, "linear_qkv_down_proj")
         self._norm(self._names.input_norm, (find(self._layer, "input_layernorm"), "weight"), (first, _FUSED))

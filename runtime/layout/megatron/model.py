@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from wavecast.runtime.errors import LayoutError
-from wavecast.runtime.layout.config import ModelConfig
+from wavecast.runtime.layout.config import ModelConfig, require_config
 from wavecast.runtime.layout.megatron.layer import LayerReader
 from wavecast.runtime.layout.megatron.modules import children, find, part, setting, tensor_ranks
 from wavecast.runtime.layout.megatron.names import catalogue, guess_config
@@ -73,9 +73,12 @@ def model_config(model: torch.nn.Module | Sequence[torch.nn.Module], *, vocab_si
     Return the Hugging Face configuration that a Megatron-core model's own amounts to.
 
     :param vocab_size: rows of the embedding in the checkpoint; by default the model's, padding included
-    :raises LayoutError: when no known family describes the model
+    :raises LayoutError: when no known family describes the model, or ``vocab_size`` is no positive integer
     """
     chunk = _chunks(model)[0]
+    if vocab_size is not None and not (type(vocab_size) is int and vocab_size > 0):
+        raise LayoutError(f"vocab_size={vocab_size!r} must be a positive integer")
+
     return guess_config(
         chunk.config,
         vocab_size=vocab_size or int(cast("int", chunk.vocab_size)),
@@ -93,7 +96,9 @@ def _read(
     chunks = _chunks(model)
     if config is None:
         config = model_config(chunks, vocab_size=vocab_size)
-    elif vocab_size not in (None, config.vocab_size):
+
+    require_config(config)
+    if vocab_size not in (None, config.vocab_size):
         raise LayoutError(f"vocab_size is {vocab_size}, the configuration has {config.vocab_size}")
 
     return [_read_chunk(chunk, config, buffers=buffers) for chunk in chunks]
@@ -102,6 +107,9 @@ def _read(
 def _chunks(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
     """Return the ``GPTModel`` of each chunk, out of the wrappers (DDP, ``Float16Module``) around it."""
     found: list[torch.nn.Module] = []
+    if not isinstance(model, torch.nn.Module | Sequence):
+        raise LayoutError(f"{type(model).__name__} is no Megatron-core GPTModel, nor a list of its chunks")
+
     for wrapper in [model] if isinstance(model, torch.nn.Module) else model:
         chunk: torch.nn.Module | None = wrapper
         while chunk is not None and find(chunk, "decoder") is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,8 +139,10 @@ def test_a_destination_cut_off_the_grid_still_gets_its_part():
     whole = randoms(1, 256, 256)
     sources = [fp8.quantised([part(whole, (0, 256), (0, 256))])]
     target = torch.zeros(100, 200, dtype=torch.float8_e4m3fn)
-    move(sources, [[Shard(NAME, target, (70, 50), (256, 256))]])
-    want, _ = reference(whole.float().numpy(), (128, 128))
+    scales = torch.zeros(2, 2)
+    move(sources, [[Shard(NAME, target, (70, 50), (256, 256)), Shard(SCALE, scales, (0, 0), (2, 2))]])
+    want, want_scales = reference(whole.float().numpy(), (128, 128))
+    np.testing.assert_array_equal(scales.numpy(), want_scales)
     np.testing.assert_array_equal(target.view(torch.uint8).numpy(), want[70:170, 50:250])
 
 
@@ -217,7 +220,7 @@ def test_the_pair_takes_the_place_of_the_original_so_that_no_route_is_a_plain_ca
         (NAME, Box((128, 0), (128, 128)), (256, 128), "float8_e4m3fn"),
         (SCALE, Box((1, 0), (1, 1)), (2, 1), "float32"),
     ]
-    plan = plan_reshard([layout], [layout])
+    plan = plan_reshard([layout], [replace(layout, computed=())])
     assert [(route.tensor, route.dtype) for route in plan.routes] == [(NAME, "float8_e4m3fn"), (SCALE, "float32")]
 
 
@@ -246,6 +249,17 @@ def test_what_is_no_matrix_of_wide_floats_is_refused(view):
         fp8.quantised([Shard(NAME, view, (0,) * view.dim(), tuple(view.shape))])
 
 
+def test_a_matrix_in_two_dtypes_on_one_actor_is_refused_in_any_order():
+    whole = randoms(1, 256, 128, dtype=torch.float32)
+    parts = [part(whole.bfloat16(), (0, 64), (0, 128)), part(whole, (64, 256), (0, 128))]
+    for shards in (parts, parts[::-1]):
+        with pytest.raises(LayoutError, match=f"this actor holds '{NAME}' both in torch") as caught:
+            fp8.quantised(shards)
+
+        assert "torch.bfloat16" in str(caught.value)
+        assert "torch.float32" in str(caught.value)
+
+
 def test_a_merged_adapter_is_quantised_after_it_is_added():
     base, a, b = randoms(1, 256, 128), randoms(2, 4, 128), randoms(3, 256, 4)
     shards = lora.merged([part(base, (0, 256), (0, 128))], [lora.adapter(NAME, a, b, scale=0.5)])
@@ -267,6 +281,78 @@ def test_a_destinations_pair_is_checked():
         off = shard if wrong is not fp8.paired else Shard(NAME, weight, (100, 0), (256, 256))
         with pytest.raises(LayoutError, match=r"is no run of whole blocks of \(128, 128\)"):
             wrong(off, torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.float16),
+        (torch.float8_e4m3fn, torch.float64),
+        (torch.float8_e5m2, torch.float32),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_a_pair_in_other_dtypes_is_refused_with_both(weight, scale):
+    shard = Shard(NAME, torch.zeros(128, 128, dtype=weight), (0, 0), (128, 128))
+    with pytest.raises(LayoutError) as caught:
+        fp8.paired(shard, torch.zeros(1, 1, dtype=scale))
+
+    assert str(caught.value) == (
+        f"'{NAME}' is {weight} and its scales are {scale}: a pair is torch.float8_e4m3fn and torch.float32"
+    )
+    assert caught.value.tensor == NAME
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_are_cast_neither_way_though_numbers_of_their_kind_are(dtype):
+    """In float16 the scale of a small block is zero, and so were the weight."""
+    weight = Shard(NAME, torch.zeros(128, 128, dtype=torch.float8_e4m3fn), (0, 0), (128, 128))
+    narrow, exact = (Shard(SCALE, torch.ones(1, 1, dtype=each), (0, 0), (1, 1)) for each in (dtype, torch.float32))
+    for sent, taken in ((exact, narrow), (narrow, exact)):
+        # A tensor placed as the scales are, which may be cast: the scales are not taken for it.
+        norms = [Shard("norm", each.view, (0, 0), (1, 1)) for each in (sent, taken)]
+        with pytest.raises(LayoutError, match="the scales of a weight in float8 are not cast") as caught:
+            move([[norms[0], weight, sent]], [[norms[1], weight, taken]])
+
+        assert caught.value.tensor == SCALE
+        assert caught.value.actors == (0, 1)
+
+    plain = Shard(NAME, torch.zeros(128, 128), (0, 0), (128, 128))
+    move([[plain, exact]], [[plain, narrow]])
+
+
+def stored():
+    """Return a pair of memory of its own."""
+    weight = torch.ones(128, 256).to(torch.float8_e4m3fn)
+    return fp8.paired(Shard(NAME, weight, (0, 0), (128, 256)), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(("sent", "taken"), [("ws", "w"), ("ws", "s"), ("w", "ws"), ("s", "ws")])
+def test_half_of_a_pair_is_refused_whoever_lacks_the_other(sent, taken):
+    weight, scale = stored()
+    halves = {"w": weight, "s": scale}
+    half, other = (NAME, SCALE) if "w" in (sent, taken) else (SCALE, NAME)
+    with pytest.raises(LayoutError) as caught:
+        move([[halves[each] for each in sent]], [[halves[each] for each in taken]], allow_missing=(NAME, SCALE))
+
+    assert str(caught.value).startswith(f"{half!r} would be written on (1,) without {other!r}: ")
+    assert caught.value.actors == (1,)
+
+
+def test_of_several_engines_the_one_without_scales_is_named():
+    weight, scale = stored()
+    with pytest.raises(LayoutError) as caught:
+        move([[weight, scale]], [[weight, scale], [weight]])
+
+    assert caught.value.actors == (2,)
+    # More scales than weights harm nobody.
+    move([[weight, scale]], [[weight, scale], [scale]])
+
+
+def test_a_quantised_weight_without_scales_by_that_name_anywhere_is_sent_alone():
+    weight, _ = stored()
+    move([[weight]], [[weight]])
 
 
 def qwen3_moe():

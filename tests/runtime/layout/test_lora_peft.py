@@ -216,3 +216,46 @@ def test_what_is_not_a_plain_product_is_refused(spoil, message):
     spoil(peft.base_model.model.model.q_proj)
     with pytest.raises(LayoutError, match=message):
         merged(peft)
+
+
+class OtherLayer(torch.nn.Module):
+    """As much of a PEFT layer of another tuner as tells it apart."""
+
+    adapter_layer_names = ("ia3_l",)
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.ia3_l = torch.nn.ParameterDict({"default": torch.nn.Parameter(torch.ones(3, 1))})
+
+    def get_base_layer(self):
+        return self.base_layer
+
+
+class TokensLayer(OtherLayer):
+    adapter_layer_names = ("trainable_tokens_delta",)
+    trainable_tokens_delta = None
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"), [(OtherLayer, r"OtherLayer with ia3_l: it is no LoRA"), (TokensLayer, "trainable_token_indices")]
+)
+def test_an_adapter_of_another_tuner_is_refused(layer, why):
+    module = torch.nn.Module()
+    module.proj = layer(torch.nn.Linear(2, 3, bias=False))
+    base = dtensor.shards(module, names=lora.peft_names)
+    with pytest.raises(LayoutError, match=why) as caught:
+        lora.peft_adapters(module, base)
+
+    assert caught.value.tensor == "proj"
+
+
+def test_adapters_that_are_disabled_are_refused_unless_named():
+    module = torch.nn.Module()
+    module.proj = Layer(torch.nn.Linear(2, 3, bias=False))
+    base = dtensor.shards(module, names=lora.peft_names)
+    module.proj.disable_adapters = True
+    with pytest.raises(LayoutError, match="the adapters on 'proj' are disabled"):
+        lora.peft_adapters(module, base)
+
+    assert [each.name for each in lora.peft_adapters(module, base, adapters=["default"])] == ["proj.weight"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.runtime.layout.moving import move
+from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout import dtensor, lora
 from wavecast.runtime.layout.shard import Shard
 from wavecast.runtime.layout.views import sections, unstacked
@@ -100,3 +101,39 @@ def test_stacked_experts_taken_apart():
 
     stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     check(adapted(model, target_modules=["q_proj"], target_parameters=stacks), take)
+
+
+OTHERS = {
+    "IA3": lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    "LoHa": lambda: peft.LoHaConfig(target_modules=["q_proj"]),
+    "VeRA": lambda: peft.VeraConfig(target_modules=["q_proj"], r=4),
+    "OFT": lambda: peft.OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=4),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+    "tokens": lambda: peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_tuners_are_refused_and_not_left_out(kind):
+    config = OTHERS[kind]()
+    wrapped = peft.get_peft_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), config)
+    base = dtensor.shards(wrapped, names=lora.peft_names)
+    with pytest.raises(LayoutError) as caught:
+        lora.peft_adapters(wrapped, base)
+
+    where = {"IA3": "model.layers.0.self_attn.k_proj", "tokens": "model.embed_tokens"}
+    assert caught.value.tensor == where.get(kind, "model.layers.0.self_attn.q_proj")
+    assert ("trainable_token_indices" in str(caught.value)) == (kind == "tokens")
+
+
+def test_disabled_adapters_are_refused_unless_named():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    wrapped = adapted(model, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    base = dtensor.shards(wrapped, names=lora.peft_names)
+    with wrapped.disable_adapter():
+        with pytest.raises(LayoutError, match=r"the adapters on 'model\.layers\.0\.self_attn\.q_proj' are disabled"):
+            lora.peft_adapters(wrapped, base)
+
+        assert len(lora.peft_adapters(wrapped, base, adapters=["default"])) == 2
+
+    assert len(lora.peft_adapters(wrapped, base)) == 2

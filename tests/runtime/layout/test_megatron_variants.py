@@ -15,7 +15,7 @@ from tests.runtime.layout.megatron_configs import BIASED, DEEPSEEK, LLAMA, QWEN2
 from tests.runtime.layout.megatron_models import Parallel, build, fake_rank
 from tests.runtime.layout.megatron_whole import fill, whole_shards, whole_tensors
 from tests.runtime.layout.moving import move
-from wavecast.runtime import LayoutError, describe
+from wavecast.runtime import ConfigError, LayoutError, describe
 from wavecast.runtime.layout import lora
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.megatron import model_config, shards, trainable_names
@@ -308,6 +308,15 @@ def test_gates_on_attention_are_refused():
     refuse(model, LLAMA, "attention_output_gate")
 
 
+def test_interleaved_rotary_positions_are_refused_without_latent_attention():
+    model, _ = filled(LLAMA)
+    model.config.rotary_interleaved = True
+    refuse(model, LLAMA, "rotary_interleaved")
+    latent, checkpoint = filled(DEEPSEEK)
+    latent.config.rotary_interleaved = True
+    assert_brings(latent, DEEPSEEK, checkpoint)
+
+
 def test_a_norm_in_two_places_is_refused():
     model, _ = filled(LLAMA)
     layer = model.decoder.layers[2]
@@ -322,6 +331,21 @@ def test_a_norm_in_two_places_is_refused():
 def test_what_is_no_model_is_refused():
     refuse(torch.nn.Linear(2, 2), LLAMA, "Linear is no Megatron-core GPTModel")
     refuse([], LLAMA, "the list of chunks is empty")
+    refuse(None, LLAMA, "NoneType is no Megatron-core GPTModel")
+    refuse([None], LLAMA, "NoneType is no Megatron-core GPTModel")
+
+
+@pytest.mark.parametrize("size", [-5, 0, 2.5, "23"])
+def test_a_vocabulary_of_no_size_is_refused(size):
+    model, _ = filled(LLAMA)
+    with pytest.raises(LayoutError, match=f"vocab_size={size!r} must be a positive integer"):
+        shards(model, vocab_size=size)
+
+
+def test_a_mapping_is_no_configuration():
+    model, _ = filled(LLAMA)
+    with pytest.raises(ConfigError, match="config is a dict"):
+        shards(model, LLAMA)
 
 
 def test_no_family_is_made_up_for_a_model_that_is_none():

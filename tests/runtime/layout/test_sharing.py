@@ -41,6 +41,15 @@ def test_interleaved_columns_do_not_overlap() -> None:
     assert find_sharing([*columns, fused[:, 2:4]]).overlapping == ((0, 3), (1, 3))
 
 
+def test_expanded_views_of_one_memory_overlap() -> None:
+    one, row = torch.zeros(1), torch.zeros(1, 6)
+    assert find_sharing([one.expand(4), one.expand(8)]) == Sharing((), ((0, 1),))
+    assert find_sharing([row[:, :3].expand(5, 3), row[:, 3:].expand(2, 3)]) == NOT_SHARED
+    assert find_sharing([row[:, ::2].expand(5, 3), row[:, 1::2].expand(2, 3), row[:, 4:5].expand(2, 1)]) == Sharing(
+        (), ((0, 2),)
+    )
+
+
 def test_a_transposed_matrix_is_where_its_own_memory_is() -> None:
     whole = torch.zeros(5, 7)
     assert find_sharing([whole, whole.t()]) == Sharing((), ((0, 1),))
@@ -60,6 +69,8 @@ def test_random_windows_overlap_where_their_bytes_do(seed: int) -> None:
             last = int(random.integers(first, view.shape[dim]))
             step = int(random.integers(1, 3))
             view = view[(slice(None),) * dim + (slice(first, last + 1, step),)]
+            if random.random() < 0.15:
+                view = view.narrow(dim, 0, 1).expand([5 if other == dim else -1 for other in range(3)])
 
         views.append(view)
 

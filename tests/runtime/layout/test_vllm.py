@@ -245,6 +245,10 @@ def test_an_engine_that_balances_its_experts_says_where_they_are():
     with pytest.raises(ConfigError, match=r"expert_slots of layer 0 name \[5\], of 5 experts"):
         vllm.parameters(config, ranks[0], fmt=EngineFormat(expert_slots=((0, 5),)))
 
+    for slots in ((), ((0,), (1,))):
+        with pytest.raises(ConfigError, match=rf"expert_slots are of {len(slots)} layers, the model has 1"):
+            vllm.parameters(config, ranks[0], fmt=EngineFormat(expert_slots=slots))
+
 
 @pytest.mark.parametrize(
     ("pp_size", "counts"), [(1, [7]), (2, [4, 3]), (3, [2, 3, 2]), (4, [2, 2, 2, 1]), (5, [1, 1, 2, 2, 1])]

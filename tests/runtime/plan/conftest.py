@@ -84,6 +84,32 @@ def apply_routes(routes: Sequence[Route], sources: Sequence[Layout], destination
             assert (arrived[actor][index] == whole[piece.tensor][_slices(piece.box)]).all()
 
 
+def check_dtypes(routes: Sequence[Route], sources: Sequence[Layout]) -> None:
+    """Compare element by element: the dtype it is sent from is the best in which any source holds it."""
+    shapes = {piece.tensor: piece.global_shape for each in sources for piece in each.pieces}
+    best = {
+        (tensor, wanted): np.zeros(shapes[tensor], np.int64)
+        for tensor, wanted in {(route.tensor, route.dtype) for route in routes}
+    }
+    for (tensor, wanted), ranks in best.items():
+        for piece in (piece for each in sources for piece in each.pieces if piece.tensor == tensor):
+            where = _slices(piece.box)
+            ranks[where] = np.maximum(ranks[where], _rank(piece.dtype, wanted))
+
+    for route in routes:
+        box = Box(route.offset, route.extent)
+        sent = max(
+            _rank(piece.dtype, route.dtype)
+            for piece in sources[route.sender].pieces
+            if piece.tensor == route.tensor and _inside(box, piece.box)
+        )
+        assert (best[route.tensor, route.dtype][_slices(box)] == sent).all(), f"{route} is not sent from the best dtype"
+
+
+def _rank(dtype: str, wanted: str) -> int:
+    return 100 if dtype == wanted else ITEMSIZES[dtype]
+
+
 def _slices(box: Box, inside: Box | None = None) -> tuple[slice, ...]:
     base = inside.offset if inside is not None else (0,) * len(box.offset)
     return tuple(slice(a - b, a - b + n) for a, b, n in zip(box.offset, base, box.extent, strict=True))
@@ -106,6 +132,7 @@ class Kit:
     layout = staticmethod(layout)
     split = staticmethod(split)
     apply_routes: Callable[..., None] = staticmethod(apply_routes)
+    check_dtypes: Callable[..., None] = staticmethod(check_dtypes)
     lines = staticmethod(lines)
 
 

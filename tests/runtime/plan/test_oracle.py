@@ -38,7 +38,7 @@ def random_box(random: Random, shape: tuple[int, ...]) -> Box:
     return Box(offset, tuple(random.randint(0, n - a) for a, n in zip(offset, shape, strict=True)))
 
 
-def random_world(random: Random, *, overlaps: bool) -> tuple[list[Layout], list[Layout]]:
+def random_world(random: Random, *, overlaps: bool, mixed: bool = False) -> tuple[list[Layout], list[Layout]]:
     nsources = random.choice(WORLDS)
     replicas, replica_size = random.choice((1, 1, 2, 3, 5)), random.choice(WORLDS[:9])
     sources: list[list[Piece]] = [[] for _ in range(nsources)]
@@ -48,12 +48,14 @@ def random_world(random: Random, *, overlaps: bool) -> tuple[list[Layout], list[
         shape = tuple(random.randint(1, 8) for _ in range(random.randint(0, 4)))
         whole = Box((0,) * len(shape), shape)
         src_dtype, *dst_dtypes = random.choice((("float32", "float32", "bfloat16"), ("int32", "int32", "uint8")))
+        others = (src_dtype, src_dtype, *dst_dtypes, "float64" if src_dtype == "float32" else src_dtype)
         for box in cut_randomly(random, whole, random.randint(1, 2 * nsources)):
             for actor in random.sample(range(nsources), random.randint(1, min(3, nsources))):
-                sources[actor].append(Piece(name, box, shape, src_dtype))
+                sources[actor].append(Piece(name, box, shape, random.choice(others) if mixed else src_dtype))
 
         for _ in range(random.randint(0, 4) if overlaps else 0):
-            sources[random.randrange(nsources)].append(Piece(name, random_box(random, shape), shape, src_dtype))
+            dtype = random.choice(others) if mixed else src_dtype
+            sources[random.randrange(nsources)].append(Piece(name, random_box(random, shape), shape, dtype))
 
         for replica in range(replicas):
             dtype = random.choice(dst_dtypes)
@@ -80,6 +82,16 @@ def test_routes_bring_every_element_exactly_once(kit, random: Random, overlaps: 
     kit.apply_routes(plan.routes, sources, destinations)
     assert plan.nbytes == sum(plan.received_nbytes()) == sum(r.nbytes * len(r.receivers) for r in plan.routes)
     assert plan.digest == routes_digest(plan.routes)
+    assert plan_reshard(sources, destinations) == plan
+
+
+@settings(max_examples=150, deadline=None)
+@given(random=st.randoms(use_true_random=True))
+def test_no_rounded_element_is_sent_where_an_exact_one_is_held(kit, random: Random) -> None:
+    sources, destinations = random_world(random, overlaps=True, mixed=True)
+    plan = plan_reshard(sources, destinations)
+    kit.apply_routes(plan.routes, sources, destinations)
+    kit.check_dtypes(plan.routes, sources)
     assert plan_reshard(sources, destinations) == plan
 
 

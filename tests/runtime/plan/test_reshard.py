@@ -6,11 +6,11 @@ import gc
 import os
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from wavecast.runtime.errors import LayoutError, SyncError
+from wavecast.runtime.errors import ConfigError, LayoutError, SyncError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece
 from wavecast.runtime.plan.cover import Cell, cover_tensor
@@ -300,7 +300,29 @@ def test_nothing_is_wanted_of_a_tensor_without_a_source() -> None:
 
 def test_a_name_is_not_allowed_to_be_missing_by_being_part_of_another(kit) -> None:
     with pytest.raises(LayoutError, match="no source holds 'head'"):
-        plan_reshard([], kit.split("head", (4,), 1), allow_missing="lm_head")
+        plan_reshard([], kit.split("head", (4,), 1), allow_missing=["lm_head"])
+
+
+@pytest.mark.parametrize("wrong", ["lm_head", 3, None])
+def test_what_may_be_missing_is_a_collection_of_names(kit, wrong) -> None:
+    with pytest.raises(ConfigError, match=f"allow_missing={wrong!r} must be a collection of names"):
+        plan_reshard([], kit.split("head", (4,), 1), allow_missing=wrong)
+
+
+def test_shards_that_were_not_described_are_refused(kit) -> None:
+    with pytest.raises(LayoutError, match=r"the layout of actor 1 is a list, not what describe\(\) returns"):
+        plan_reshard(kit.split("w", (4,), 1), [[]])  # type: ignore[list-item]
+
+
+def test_what_is_computed_at_a_destination_is_not_written(kit) -> None:
+    (whole,) = kit.split("w", (4,), 1)
+    computed = replace(whole, computed=("w",))
+    with pytest.raises(LayoutError, match="'w' is computed at a destination: it can be read only") as caught:
+        plan_reshard([whole], [whole, computed])
+
+    assert (caught.value.tensor, caught.value.actors) == ("w", (2,))
+    assert len(plan_reshard([computed], [whole]).routes) == 1
+    assert plan_reshard(kit.split("x", (4,), 1), [computed], allow_missing=["w"]).routes == ()
 
 
 def test_the_collector_is_left_as_it_was(kit) -> None:
