@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--from", type=Path, dest="earlier", metavar="FILE", help="take the figures of an earlier --json"
     )
     options = parser.parse_args(argv)
+    refuse(parser, options)
     if options.earlier:
-        report = json.loads(options.earlier.read_text(encoding="utf-8"))
+        try:
+            report = json.loads(options.earlier.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"--from: {options.earlier} holds no earlier figures: {error}")
     else:
         report = {
             "environment": environment(),
@@ -65,14 +69,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         report |= {part: parts[part]() for part in PARTS if part in options.only}
 
-    if options.plot and not plot(report, options.plot):
-        parser.error(f"--plot: there is no picture of {' or '.join(options.only)} alone")
+    if options.plot:
+        try:
+            drawn = plot(report, options.plot)
+        except OSError as error:
+            parser.error(f"--plot: cannot draw to {options.plot}: {error}")
+
+        if not drawn:
+            parser.error(f"--plot: there is no picture of {' or '.join(options.only)} alone")
 
     if options.docs:
-        write_docs(report, options.docs)
+        try:
+            write_docs(report, options.docs)
+        except (OSError, ValueError) as error:
+            parser.error(f"--docs: cannot rewrite {options.docs}: {error}")
 
     print(json.dumps(report, indent=1) if options.json else tables(report))
     return 0
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End in one line, before anything is measured, for what cannot be."""
+    if options.plans < len(FAMILIES):
+        parser.error(f"--plans is {options.plans}: it must be {len(FAMILIES)} or more, one a family")
+
+    if options.largest < 1000:
+        parser.error(f"--largest is {options.largest}: it must be 1000 tasks or more")
+
+    if options.docs and not options.docs.is_file():
+        parser.error(f"--docs: there is no file {options.docs}")
+
+    if options.plot:
+        try:
+            options.plot.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--plot: cannot draw to {options.plot}: {error}")
 
 
 def measure_workloads() -> list[dict[str, object]]:

@@ -40,8 +40,12 @@ def chunk_sizes(nbytes: int, *, chunk_bytes: int, min_chunk_bytes: int = 1) -> t
     :param min_chunk_bytes: rather fewer, longer chunks than one below this; never decides while it is at most half of
         ``chunk_bytes``
     :return: one chunk of no bytes for no bytes
-    :raises ValueError: for negative bytes or a chunk size below 1
+    :raises ValueError: for negative bytes, a chunk size below 1, and for what is no whole number
     """
+    for name, value in (("nbytes", nbytes), ("chunk_bytes", chunk_bytes), ("min_chunk_bytes", min_chunk_bytes)):
+        if not hasattr(value, "__index__"):
+            raise ValueError(f"{name} is {value!r}: it must be a whole number of bytes")
+
     if nbytes < 0 or chunk_bytes < 1 or min_chunk_bytes < 1:
         raise ValueError(
             f"cannot cut {nbytes} bytes into chunks of {min_chunk_bytes} to {chunk_bytes}: bytes must be 0 or more, "
@@ -132,8 +136,8 @@ def plan_divisible(
     :raises ScheduleError: as :func:`~wavecast.scheduler.plan_waves` does
     :raises ValueError: for a ``max_gap`` below 1 or a ``min_chunk_bytes`` below 1
     """
-    if not max_gap >= 1:
-        raise ValueError(f"max_gap is {max_gap}: it must be 1 or more")
+    if not (hasattr(max_gap, "__float__") and max_gap >= 1):
+        raise ValueError(f"max_gap is {max_gap!r}: it must be 1 or more")
 
     _check_unit(min_chunk_bytes)
     tasks = tuple(tasks)

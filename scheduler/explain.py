@@ -64,7 +64,11 @@ class Explanation:
         Return a table for a person, and a line on the gap.
 
         :param limit: waves to show at most, the first ones; ``None`` for all
+        :raises ValueError: for a limit that is negative or no whole number
         """
+        if limit is not None and not (isinstance(limit, int) and limit >= 0):
+            raise ValueError(f"limit is {limit!r}: it must be None, or 0 or more waves")
+
         shown = self.waves if limit is None else self.waves[:limit]
         rows = [("wave", "tasks", "bytes", "longest task", "its bytes", "busiest port", "idle")]
         rows += [
