@@ -40,8 +40,9 @@ def first_fit(graph: TaskGraph) -> list[int]:
     Put each task, in the order given, in the first wave that has its ports free.
 
     What a first-in-first-out pass per wave over actor sets gives, which is how ChatLearn schedules its groups: the
-    baseline. One-to-one tasks get at most ``2 * D - 1`` waves, tasks of r ports at most ``r * (D - 1) + 1``.
-    O(memberships) operations on bitmasks of one bit a wave.
+    baseline. Without dependencies one-to-one tasks get at most ``2 * D - 1`` waves, tasks of r ports at most
+    ``r * (D - 1) + 1``; with dependencies there is no such bound. O(memberships) operations on bitmasks of a bit a
+    wave, in rows (see :func:`~wavecast.scheduler.greedy.greedy`).
     """
     return greedy(graph, graph.order)
 
@@ -117,7 +118,7 @@ def dsatur(graph: TaskGraph) -> list[int]:
 
 def edge_coloring(graph: TaskGraph) -> list[int]:
     """
-    As few waves as possible: exactly ``D`` where the tasks are the edges of a bipartite graph.
+    As few waves as possible: exactly ``D`` where the tasks are the edges of a bipartite graph, without dependencies.
 
     That is every set of one-to-one tasks in the full model, and in the half model every one with disjoint senders and
     receivers. Konig 1916, see :func:`~wavecast.scheduler.konig.color_bipartite`: near-linear.
@@ -126,10 +127,10 @@ def edge_coloring(graph: TaskGraph) -> list[int]:
     and finding the fewest is NP-hard. Tasks are then placed with exchanges of two waves along Kempe chains, and a local
     search of at most about half a second tries to do with fewer. Never more than first fit by falling number of ports.
 
-    With dependencies: the best of :func:`first_fit`, which keeps a relay's rounds, :func:`largest_first`, and colouring
-    all tasks of equal depth together, one depth after another; the second up to 50,000 tasks, the third where the
-    depths' busiest ports leave a chance. The depths share the time for local search among them, by their number of
-    tasks.
+    With dependencies no bound is claimed: the best of :func:`first_fit`, which keeps a relay's rounds,
+    :func:`largest_first`, and colouring all tasks of equal depth together, one depth after another; the second up to
+    50,000 tasks, the third where the depths' busiest ports leave a chance. The depths share the time for local search
+    among them, by their number of tasks.
     """
     if graph.after:
         return _color_in_order(graph)

@@ -108,7 +108,9 @@ def test_a_task_has_a_whole_number_of_bytes(nbytes: object) -> None:
 @pytest.mark.parametrize("actor", ["a", 0.25, 0.0, None, (0, 1), [0]])
 @pytest.mark.parametrize("ports", ["half", "full"])
 def test_an_actor_is_a_whole_number(actor: object, ports: str) -> None:
-    with pytest.raises(ScheduleError, match=re.escape(f"task 0 has {actor!r} among its senders: it must be an integer")):
+    with pytest.raises(
+        ScheduleError, match=re.escape(f"task 0 has {actor!r} among its senders: it must be an integer")
+    ):
         plan_waves([Task(0, (actor,), (1,), 1)], ports=ports)  # type: ignore[arg-type]
 
 
