@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import inspect
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -17,7 +18,7 @@ from wavecast.runtime import errors
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
 from wavecast.runtime.transfer.comm import CommunicatorError, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
-from wavecast.runtime.transfer.hooks import Hook, Hooks, call_hooks, call_hooks_async
+from wavecast.runtime.transfer.hooks import Hook, HookCall, Hooks, call_hooks, call_hooks_async
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
     Abort,
@@ -139,7 +140,7 @@ class Agent:
     def serve(self, request: Request, host: Host, *attachments: object) -> Reply:
         """Answer ``request``, blocking. A cancelled call gives up its run and returns within the grace time."""
         try:
-            seconds = self._call_before(request)
+            seconds = self._call_before(request, host)
             future = self._start(request, host, attachments, seconds)
             while not future.done():
                 wait((future,), timeout=_LOOK_SECONDS)
@@ -147,7 +148,7 @@ class Agent:
                     self._give_up(request, "the driver cancelled the call")
                     return Failure("SyncAborted", "the driver cancelled the call")
 
-            call_hooks(self._hooks.after(request), log_errors=True)
+            self._call_end(self._hooks.after(request))
             return future.result()
         except Exception as error:
             return self._failed(request, error)
@@ -158,7 +159,7 @@ class Agent:
             seconds = await self._call_before_async(request)
             future = self._start(request, host, attachments, seconds)
             reply = await asyncio.wrap_future(future)
-            await call_hooks_async(self._hooks.after(request), log_errors=True)
+            await self._call_end_async(self._hooks.after(request))
             return reply
         except asyncio.CancelledError:
             self._give_up(request, "the driver cancelled the call")
@@ -168,21 +169,43 @@ class Agent:
 
     # Hooks that come before what is asked.
 
-    def _call_before(self, request: Request) -> float:
+    def _call_before(self, request: Request, host: Host) -> float:
         self._admit(request)
+        while self._hooks.must_wait(request):
+            if host.cancelled():
+                raise errors.SyncAborted("the driver cancelled the call")
+
+            time.sleep(_LOOK_SECONDS)
+
         calls = self._hooks.before(request)
         try:
             return call_hooks(calls)
         finally:
-            call_hooks(self._hooks.called(request), log_errors=True)
+            self._call_end(self._hooks.called(request))
 
     async def _call_before_async(self, request: Request) -> float:
         self._admit(request)
+        # What it waits for may end on another thread.
+        while self._hooks.must_wait(request):  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_SECONDS)
+
         calls = self._hooks.before(request)
         try:
             return await call_hooks_async(calls)
         finally:
-            await call_hooks_async(self._hooks.called(request), log_errors=True)
+            await self._call_end_async(self._hooks.called(request))
+
+    def _call_end(self, calls: Sequence[HookCall]) -> None:
+        try:
+            call_hooks(calls, log_errors=True)
+        finally:
+            self._hooks.ended(calls)
+
+    async def _call_end_async(self, calls: Sequence[HookCall]) -> None:
+        try:
+            await call_hooks_async(calls, log_errors=True)
+        finally:
+            self._hooks.ended(calls)
 
     def _admit(self, request: Request) -> None:
         """Refuse what comes too late before any hook is called for it."""

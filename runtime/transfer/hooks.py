@@ -36,7 +36,8 @@ class Hooks:
     Decides which hook a request makes due, and sees that each ``before_sync`` has its end.
 
     After ``before_sync`` was called, also when it raised, exactly one of ``after_commit`` and ``after_abort`` follows:
-    at the driver's own request when the sync ends, or else when the next one begins or the group is closed.
+    at the driver's own request when the sync ends, or else when the next one begins or the group is closed. Nothing of
+    a later sync is called before that one has returned: :meth:`must_wait`.
 
     :param hooks: by name, those that the user has written
     """
@@ -47,12 +48,18 @@ class Hooks:
         self._open: tuple[RunId, int] | None = None
         self._committed = False
         self._calling = False
+        self._ending = 0
         self._abandoned = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """Those there are, in the order of :data:`HOOKS`."""
         return tuple(name for name in HOOKS if name in self._hooks)
+
+    def must_wait(self, request: Request) -> bool:
+        """Tell whether the end of an earlier run is still being called, so that ``request`` comes too soon."""
+        with self._lock:
+            return self._ending > 0 and isinstance(request, Begin | RunHook)
 
     def before(self, request: Request) -> list[HookCall]:
         """
@@ -65,7 +72,7 @@ class Hooks:
             return []
 
         with self._lock:
-            if self._calling:
+            if self._calling or self._ending:
                 raise errors.SyncInProgress("a hook of an earlier sync has not returned yet on this actor")
 
             if isinstance(request, RunHook):
@@ -81,13 +88,13 @@ class Hooks:
             return calls
 
     def called(self, request: Request) -> list[HookCall]:
-        """Note that the calls made before ``request`` are over; return what became due meanwhile."""
+        """Note that the calls made before ``request`` are over; return what became due meanwhile, as :meth:`after`."""
         with self._lock:
             if not isinstance(request, Begin | RunHook):
                 return []
 
             self._calling = False
-            return self._end() if self._abandoned else []
+            return self._begin_end() if self._abandoned else []
 
     @property
     def abandoned(self) -> bool:
@@ -95,7 +102,7 @@ class Hooks:
         return self._abandoned
 
     def after(self, request: Request) -> list[HookCall]:
-        """Return what is to be called after ``request`` was served."""
+        """Return what is to be called after ``request`` was served; :meth:`ended` must follow."""
         with self._lock:
             match request:
                 case Commit() if self._open is not None and self._open[0] == request.run:
@@ -113,7 +120,12 @@ class Hooks:
                 self._abandoned = True
                 return []
 
-            return self._end() if ends else []
+            return self._begin_end() if ends else []
+
+    def ended(self, calls: Sequence[HookCall]) -> None:
+        """Note that ``calls``, the end of a run, are over, in whatever way."""
+        with self._lock:
+            self._ending -= bool(calls)
 
     def _asked_for(self, request: RunHook) -> list[HookCall]:
         if self._open is None or self._open[0] != request.run:
@@ -121,6 +133,11 @@ class Hooks:
 
         calls = self._call(request.hook, self._open[1]) if request.hook == "before_commit" else self._end()
         self._calling = bool(calls)
+        return calls
+
+    def _begin_end(self) -> list[HookCall]:
+        calls = self._end()
+        self._ending += bool(calls)
         return calls
 
     def _end(self) -> list[HookCall]:
