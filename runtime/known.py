@@ -83,7 +83,7 @@ class Known:
         holders = {reply.digest: actor for actor, reply in enumerate(began) if reply.digest not in self.layouts}
         described = await self.actors.ask_all(dict.fromkeys(holders.values(), Describe(run)), Described)
         for digest, actor in holders.items():
-            self.layouts[digest] = await anyio.to_thread.run_sync(described[actor].layout)
+            self.layouts[digest] = await anyio.to_thread.run_sync(described[actor].layout, abandon_on_cancel=True)
 
         current = {reply.digest for reply in began}
         self.layouts = {digest: layout for digest, layout in self.layouts.items() if digest in current}
@@ -98,13 +98,14 @@ class Known:
         """
         naming = await self._named(began, from_peer=from_peer)
         sources, destinations = naming.sources, naming.destinations
-        names = select_names(sources, destinations, only, aliases=naming.aliases)
+        names = await _select(naming, only)
         carriers = self.carriers(began)
         key = self._key(began, names)
         if self.prepared is not None and self.prepared[0] == key:
             return self.prepared[1], False
 
-        # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on.
+        # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on. What is abandoned,
+        # here and elsewhere, assigns nothing: the thread's result is dropped with it.
         preparation = await anyio.to_thread.run_sync(
             partial(
                 prepare,
@@ -135,7 +136,8 @@ class Known:
                     destination_names=self.names[1],
                     aliases=self.options.aliases,
                     source_copies=from_peer,
-                )
+                ),
+                abandon_on_cancel=True,
             )
             self.naming = (key, naming)
 
@@ -143,3 +145,14 @@ class Known:
 
     def _key(self, began: Sequence[Began], names: frozenset[str] | None) -> tuple[object, ...]:
         return tuple((reply.digest, reply.place) for reply in began), self.carriers(began), names
+
+
+async def _select(naming: Naming, only: Only) -> frozenset[str] | None:
+    """Select off the loop: a predicate is the user's code, and the names of a large model take long to go through."""
+    if only is None:
+        return None
+
+    return await anyio.to_thread.run_sync(
+        partial(select_names, naming.sources, naming.destinations, only, aliases=naming.aliases),
+        abandon_on_cancel=True,
+    )

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import inspect
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -148,7 +147,7 @@ class Agent:
                     self._give_up(request, "the driver cancelled the call")
                     return Failure("SyncAborted", "the driver cancelled the call")
 
-            self._call_end(self._hooks.after(request))
+            self._call_ends(self._hooks.after(request))
             return future.result()
         except Exception as error:
             return self._failed(request, error)
@@ -159,7 +158,7 @@ class Agent:
             seconds = await self._call_before_async(request)
             future = self._start(request, host, attachments, seconds)
             reply = await asyncio.wrap_future(future)
-            await self._call_end_async(self._hooks.after(request))
+            await self._call_ends_async(self._hooks.after(request))
             return reply
         except asyncio.CancelledError:
             self._give_up(request, "the driver cancelled the call")
@@ -171,41 +170,47 @@ class Agent:
 
     def _call_before(self, request: Request, host: Host) -> float:
         self._admit(request)
-        while self._hooks.must_wait(request):
+        while isinstance(calls := self._hooks.before(request), Future):
+            wait((calls,), timeout=_LOOK_SECONDS)
             if host.cancelled():
-                raise errors.SyncAborted("the driver cancelled the call")
+                raise errors.SyncAborted("the driver cancelled the call behind the hooks of an earlier sync")
 
-            time.sleep(_LOOK_SECONDS)
+            self._admit(request)
 
-        calls = self._hooks.before(request)
         try:
             return call_hooks(calls)
         finally:
-            self._call_end(self._hooks.called(request))
+            self._call_ends(self._hooks.called(request))
 
     async def _call_before_async(self, request: Request) -> float:
         self._admit(request)
-        # What it waits for may end on another thread.
-        while self._hooks.must_wait(request):  # noqa: ASYNC110
-            await asyncio.sleep(_LOOK_SECONDS)
+        while isinstance(calls := self._hooks.before(request), Future):
+            await asyncio.wrap_future(calls)
+            self._admit(request)
 
-        calls = self._hooks.before(request)
         try:
             return await call_hooks_async(calls)
         finally:
-            await self._call_end_async(self._hooks.called(request))
+            await self._call_ends_async(self._hooks.called(request))
 
-    def _call_end(self, calls: Sequence[HookCall]) -> None:
+    def _call_ends(self, calls: Sequence[HookCall]) -> None:
+        """Call the hooks that end a run, for which nobody waits but the next one."""
+        if not calls:
+            return
+
         try:
             call_hooks(calls, log_errors=True)
         finally:
-            self._hooks.ended(calls)
+            self._hooks.ended()
 
-    async def _call_end_async(self, calls: Sequence[HookCall]) -> None:
+    async def _call_ends_async(self, calls: Sequence[HookCall]) -> None:
+        if not calls:
+            return
+
         try:
             await call_hooks_async(calls, log_errors=True)
         finally:
-            self._hooks.ended(calls)
+            self._hooks.ended()
 
     def _admit(self, request: Request) -> None:
         """Refuse what comes too late before any hook is called for it."""

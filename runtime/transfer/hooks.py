@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from wavecast.runtime import errors
@@ -36,8 +37,11 @@ class Hooks:
     Decides which hook a request makes due, and sees that each ``before_sync`` has its end.
 
     After ``before_sync`` was called, also when it raised, exactly one of ``after_commit`` and ``after_abort`` follows:
-    at the driver's own request when the sync ends, or else when the next one begins or the group is closed. Nothing of
-    a later sync is called before that one has returned: :meth:`must_wait`.
+    at the driver's own request when the sync ends, or else when the next one begins or the group is closed. Hooks of
+    one run never overlap those of another: who begins waits for the end of a run that is over, and is refused while a
+    hook of one that is not is being called.
+
+    Whoever is given calls makes them, whatever becomes of them, and says so by :meth:`called` or :meth:`ended`.
 
     :param hooks: by name, those that the user has written
     """
@@ -47,8 +51,8 @@ class Hooks:
         self._lock = threading.Lock()
         self._open: tuple[RunId, int] | None = None
         self._committed = False
-        self._calling = False
-        self._ending = 0
+        # Pending while hooks are being called.
+        self._calling: Future[None] | None = None
         self._abandoned = False
 
     @property
@@ -56,23 +60,24 @@ class Hooks:
         """Those there are, in the order of :data:`HOOKS`."""
         return tuple(name for name in HOOKS if name in self._hooks)
 
-    def must_wait(self, request: Request) -> bool:
-        """Tell whether the end of an earlier run is still being called, so that ``request`` comes too soon."""
-        with self._lock:
-            return self._ending > 0 and isinstance(request, Begin | RunHook)
-
-    def before(self, request: Request) -> list[HookCall]:
+    def before(self, request: Request) -> list[HookCall] | Future[None]:
         """
         Return what is to be called before ``request`` is served; :meth:`called` must follow.
 
-        :raises SyncInProgress: when a hook of an earlier run has not returned yet
+        In place of it a future, when the hooks that end an earlier run have not returned yet: once it is done, ask
+        again. Waiting for it may be given up at any time.
+
+        :raises SyncInProgress: when a hook of an earlier run that goes on has not returned yet
         :raises SyncAborted: for a hook of a run that is over
         """
         if not isinstance(request, Begin | RunHook):
             return []
 
         with self._lock:
-            if self._calling or self._ending:
+            if self._calling is not None:
+                if isinstance(request, Begin) and (self._open is None or self._abandoned):
+                    return self._calling
+
                 raise errors.SyncInProgress("a hook of an earlier sync has not returned yet on this actor")
 
             if isinstance(request, RunHook):
@@ -84,8 +89,7 @@ class Hooks:
                 self._open = (request.run, request.version)
                 calls += self._call("before_sync", request.version)
 
-            self._calling = bool(calls)
-            return calls
+            return self._begin_calls(calls)
 
     def called(self, request: Request) -> list[HookCall]:
         """Note that the calls made before ``request`` are over; return what became due meanwhile, as :meth:`after`."""
@@ -93,8 +97,16 @@ class Hooks:
             if not isinstance(request, Begin | RunHook):
                 return []
 
-            self._calling = False
-            return self._begin_end() if self._abandoned else []
+            ends = self._end() if self._abandoned else []
+            if not ends:
+                self._end_calls()
+
+            return ends
+
+    def ended(self) -> None:
+        """Note that the calls that :meth:`called` or :meth:`after` returned are over."""
+        with self._lock:
+            self._end_calls()
 
     @property
     def abandoned(self) -> bool:
@@ -102,7 +114,7 @@ class Hooks:
         return self._abandoned
 
     def after(self, request: Request) -> list[HookCall]:
-        """Return what is to be called after ``request`` was served; :meth:`ended` must follow."""
+        """Return what is to be called after ``request`` was served; if that is anything, :meth:`ended` must follow."""
         with self._lock:
             match request:
                 case Commit() if self._open is not None and self._open[0] == request.run:
@@ -115,30 +127,32 @@ class Hooks:
                 case _:
                     return []
 
-            if ends and self._calling:
+            if ends and self._calling is not None:
                 # On another thread; whoever called it goes on with the end.
                 self._abandoned = True
                 return []
 
-            return self._begin_end() if ends else []
+            return self._begin_calls(self._end()) if ends else []
 
-    def ended(self, calls: Sequence[HookCall]) -> None:
-        """Note that ``calls``, the end of a run, are over, in whatever way."""
-        with self._lock:
-            self._ending -= bool(calls)
+    def _begin_calls(self, calls: list[HookCall]) -> list[HookCall]:
+        if calls:
+            self._calling = Future()
+            # One of those that wait for it goes away: that must not end it for the others.
+            self._calling.set_running_or_notify_cancel()
+
+        return calls
+
+    def _end_calls(self) -> None:
+        calling, self._calling = self._calling, None
+        if calling is not None:
+            calling.set_result(None)
 
     def _asked_for(self, request: RunHook) -> list[HookCall]:
         if self._open is None or self._open[0] != request.run:
             raise errors.SyncAborted("the run is no longer current on this actor")
 
         calls = self._call(request.hook, self._open[1]) if request.hook == "before_commit" else self._end()
-        self._calling = bool(calls)
-        return calls
-
-    def _begin_end(self) -> list[HookCall]:
-        calls = self._end()
-        self._ending += bool(calls)
-        return calls
+        return self._begin_calls(calls)
 
     def _end(self) -> list[HookCall]:
         if self._open is None:

@@ -10,7 +10,7 @@ from typing import cast
 import anyio
 import pytest
 
-from tests.runtime.local_actors import Holder, LocalActor, Stage, holder, local
+from tests.runtime.local_actors import Holder, Stage, holder, local
 from tests.runtime.transfer.crew import SECONDS, ThreadHost, expect
 from wavecast.runtime import ActorFailed, HookSeconds, ModelGroup, ParameterSyncGroup, SyncOptions, Torn
 from wavecast.runtime.transfer.agent import Agent
@@ -285,103 +285,6 @@ def test_a_run_given_up_while_its_hook_is_called_ends_behind_the_hook() -> None:
     (reply,) = replies
     assert isinstance(reply, Failure)
     assert reply.kind == "SyncAborted"
-
-
-async def test_nothing_of_the_next_sync_is_called_before_the_end_of_the_last_has_returned() -> None:
-    stage = Stage(replicas=1, kind=AsyncHooked)
-    engine = cast("AsyncHooked", holder(stage.replicas[0][0]))
-    resuming, resumed = asyncio.Event(), asyncio.Event()
-    note = engine._note
-
-    async def after_abort(version: int) -> None:
-        note("after_abort begins", version)
-        resuming.set()
-        await resumed.wait()
-        note("after_abort", version)
-
-    stage.replicas[0][0].agent._hooks._hooks["after_abort"] = after_abort
-    cast("AsyncHooked", holder(stage.trainers[0])).failing = "before_commit"
-    async with group_of(stage) as group:
-        with pytest.raises(ActorFailed, match="before_commit is out of order"):
-            await group.sync(1)
-
-        assert resuming.is_set()
-        cast("AsyncHooked", holder(stage.trainers[0])).failing = ""
-        paused = stage_asked(stage.trainers[0], Begin)
-        sync = asyncio.ensure_future(group.sync(2))
-        await paused.wait()
-        engine.calls.clear()
-        resumed.set()
-        await sync
-
-    assert engine.calls == [
-        "after_abort 1",
-        "before_sync 2",
-        "transfer_shards",
-        "before_commit 2",
-        "after_commit 2",
-    ]
-
-
-def test_a_begin_waits_for_the_end_of_an_earlier_run_on_another_thread_unless_it_is_cancelled() -> None:
-    entered, gate = threading.Event(), threading.Event()
-    calls: list[str] = []
-
-    def after_abort(version: int) -> None:
-        entered.set()
-        assert gate.wait(SECONDS)
-        calls.append(f"after_abort {version}")
-
-    hooks = {"after_abort": after_abort, "before_sync": lambda version: calls.append(f"before_sync {version}")}
-    agent = Agent(list, hooks=hooks)
-    first = RunId("group", 1)
-    assert isinstance(agent.serve(Begin(first, 0, version=1), ThreadHost()), Began)
-    ending = threading.Thread(target=lambda: agent.serve(Abort(first, "the test gave it up"), ThreadHost()))
-    ending.start()
-    assert entered.wait(SECONDS)
-    cancelled = agent.serve(Begin(RunId("group", 2), 0, version=2), Cancelled())
-    assert isinstance(cancelled, Failure)
-    assert cancelled.kind == "SyncAborted"
-
-    replies: list[Reply] = []
-    host = Watched()
-    late = Begin(RunId("group", 3), 0, version=3)
-    begin = threading.Thread(target=lambda: replies.append(agent.serve(late, host)))
-    begin.start()
-    assert host.looked.wait(SECONDS)
-    assert calls == ["before_sync 1"]
-    gate.set()
-    for thread in (ending, begin):
-        thread.join(SECONDS)
-
-    assert calls == ["before_sync 1", "after_abort 1", "before_sync 3"]
-    expect(Began, replies)
-
-
-class Cancelled(ThreadHost):
-    """The driver has cancelled the call."""
-
-    def cancelled(self) -> bool:
-        return True
-
-
-class Watched(ThreadHost):
-    """Tells that somebody has looked whether the call was cancelled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.looked = threading.Event()
-
-    def cancelled(self) -> bool:
-        self.looked.set()
-        return super().cancelled()
-
-
-def stage_asked(actor: LocalActor, kind: type[Request]) -> asyncio.Event:
-    """Return what is set when ``actor`` is asked for a kind of request."""
-    asked = asyncio.Event()
-    actor.on_request = lambda request: asked.set() if isinstance(request, kind) else None
-    return asked
 
 
 def test_what_after_abort_raises_is_logged(caplog: pytest.LogCaptureFixture) -> None:
