@@ -111,6 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=7, help="drives of each way; medians are reported")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
+    for name, value, least in (
+        *(("actors", count, 2) for count in options.actors),
+        ("waves", options.waves, 1),
+        ("repeat", options.repeat, 1),
+    ):
+        if value < least:
+            parser.error(f"--{name} is {value}: it must be {least} or more")
+
     # Ray writes warnings to standard output, which is kept for the figures.
     with contextlib.redirect_stdout(sys.stderr):
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

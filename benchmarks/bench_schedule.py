@@ -49,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--from", type=Path, dest="earlier", metavar="FILE", help="take the figures of an earlier --json"
     )
     options = parser.parse_args(argv)
+    refuse(parser, options)
     if options.earlier:
-        report = json.loads(options.earlier.read_text(encoding="utf-8"))
+        try:
+            report = json.loads(options.earlier.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"--from: {options.earlier} holds no earlier figures: {error}")
     else:
         report = {
             "environment": environment(),
@@ -65,14 +69,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         report |= {part: parts[part]() for part in PARTS if part in options.only}
 
-    if options.plot and not plot(report, options.plot):
-        parser.error(f"--plot: there is no picture of {' or '.join(options.only)} alone")
+    if options.plot:
+        try:
+            drawn = plot(report, options.plot)
+        except OSError as error:
+            parser.error(f"--plot: cannot draw to {options.plot}: {error}")
+
+        if not drawn:
+            parser.error(f"--plot: there is no picture of {' or '.join(options.only)} alone")
 
     if options.docs:
-        write_docs(report, options.docs)
+        try:
+            write_docs(report, options.docs)
+        except (OSError, ValueError) as error:
+            parser.error(f"--docs: cannot rewrite {options.docs}: {error}")
 
     print(json.dumps(report, indent=1) if options.json else tables(report))
     return 0
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End in one line, before anything is measured, for what cannot be."""
+    if options.plans < len(FAMILIES):
+        parser.error(f"--plans is {options.plans}: it must be {len(FAMILIES)} or more, one a family")
+
+    if options.largest < 1000:
+        parser.error(f"--largest is {options.largest}: it must be 1000 tasks or more")
+
+    if options.docs and not options.docs.is_file():
+        parser.error(f"--docs: there is no file {options.docs}")
+
+    if options.plot:
+        try:
+            options.plot.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--plot: cannot draw to {options.plot}: {error}")
 
 
 def measure_workloads() -> list[dict[str, object]]:
@@ -246,6 +277,13 @@ def measure_scale(largest: int) -> list[dict[str, object]]:
             ],
             "mixed, of 2 to 4 members, any size": [_mixed(id, rng) for id in range(count)],
         }
+        kinds |= {
+            "hub, all through one actor, any size": [
+                Task(id, (0,), (1 + id % 1023,), rng.randrange(1, 1 << 28)) for id in range(count)
+            ],
+            "pairs in half duplex, each after an earlier one": [_linked(id, rng) for id in range(count)],
+            "broadcasts among 48 in 40 levels": [_leveled(id, count // 40, rng) for id in range(count)],
+        }
         for kind, tasks in kinds.items():
             for strategy in ("first_fit", "largest_first", "edge_coloring", "auto"):
                 start = time.process_time()
@@ -284,6 +322,16 @@ def peak_nbytes(tasks: Sequence[Task], strategy: str) -> int:
 def _mixed(id: int, rng: random.Random) -> Task:
     sender, *receivers = rng.sample(range(1024), rng.randint(2, 4))
     return Task(id, (sender,), tuple(receivers), rng.randrange(1, 1 << 28))
+
+
+def _linked(id: int, rng: random.Random) -> Task:
+    sender, receiver = rng.sample(range(1024), 2)
+    return Task(id, (sender,), (receiver,), 1 << 20, (id - 1000,) if id >= 1000 else ())
+
+
+def _leveled(id: int, level: int, rng: random.Random) -> Task:
+    receivers = rng.sample(range(24, 48), rng.randint(2, 6))
+    return Task(id, (rng.randrange(24),), tuple(receivers), 1 << 20, (id - level,) if id >= level else ())
 
 
 def _pair(id: int, rng: random.Random, nbytes: int) -> Task:

@@ -203,7 +203,7 @@ def _scale(rows: Sequence[Row]) -> str:
     table = _table(
         ("core seconds to plan on 1024 actors", *(f"{count:,} tasks" for count in counts)),
         [
-            (f"{kind}: {strategy}", *(found[kind, strategy, count]["seconds"] for count in counts))
+            (f"{kind}: {strategy}", *(found.get((kind, strategy, count), {}).get("seconds", "") for count in counts))
             for kind, strategy in kinds
         ],
     )

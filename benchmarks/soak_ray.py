@@ -49,9 +49,13 @@ _SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What one process holds."""
+    """
+    What one process holds.
 
-    resident_bytes: int
+    :ivar private_bytes: resident and its own: pages of Ray's object store that it has looked at are not counted
+    """
+
+    private_bytes: int
     open_files: int
     threads: int
     process_groups: int
@@ -61,9 +65,9 @@ class Footprint:
         gc.collect()
         # What the demo's own large temporaries left free in the allocator's arenas is held by nobody.
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return cls(
-            resident_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+            private_bytes=1024 * int(status["RssAnon"].split()[0]),
             open_files=len(os.listdir("/proc/self/fd")),
             threads=len(os.listdir("/proc/self/task")),
             process_groups=len(dist.distributed_c10d._world.pg_map),
@@ -203,7 +207,7 @@ async def _strike(
 async def _read(steadfast: Sequence[object]) -> Reading:
     found = [await actor.footprint.remote() for actor in steadfast]
     actors = Footprint(
-        *(max(getattr(each, name) for each in found) for name in ("resident_bytes", "open_files", "threads")),
+        *(max(getattr(each, name) for each in found) for name in ("private_bytes", "open_files", "threads")),
         max(each.process_groups for each in found),
     )
     driver = Footprint.now()
@@ -216,8 +220,8 @@ def _table(readings: Mapping[int, Reading]) -> str:
     for done, each in readings.items():
         driver, actors = each.driver, each.actors
         rows.append(
-            f"{done:>7} | {driver.resident_bytes / 1e6:9.1f} {driver.open_files:>6} {driver.threads:>7} | "
-            f"{actors.resident_bytes / 1e6:8.1f} {actors.open_files:>6} {actors.threads:>7} {actors.process_groups:>6} "
+            f"{done:>7} | {driver.private_bytes / 1e6:9.1f} {driver.open_files:>6} {driver.threads:>7} | "
+            f"{actors.private_bytes / 1e6:8.1f} {actors.open_files:>6} {actors.threads:>7} {actors.process_groups:>6} "
             f"| {each.objects:>7} {each.shared_memory_files:>4}"
         )
 

@@ -20,6 +20,7 @@ from wavecast.runtime.transfer.messages import (
     RunId,
     StoreAddress,
 )
+from wavecast.runtime.transfer.sealed_store import SECRET_BYTES
 
 __all__ = ("Connection",)
 
@@ -120,8 +121,9 @@ class Connection:
         self._groups = frozenset()
         self._edges = frozenset()
         self.transport = ""
-        # Unguessable: whoever does not know it finds no key in the store.
         name = f"wavecast-{secrets.token_hex(16)}"
+        # Over Ray to the members alone, never to the store.
+        secret = secrets.token_bytes(SECRET_BYTES)
         address = await self._actors.ask(0, HostStore(run, name, seconds), StoreAddress)
         requests = {
             actor: Connect(
@@ -135,6 +137,7 @@ class Connection:
                 groups=preparation.groups,
                 edges=preparation.edges,
                 seconds=seconds,
+                secret=secret,
             )
             for actor in range(len(self._actors))
         }

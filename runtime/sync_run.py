@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 
 import anyio
 import anyio.lowlevel
 
 from wavecast.runtime import errors
+from wavecast.runtime.cluster import Answer
 from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.integrity import compare_checksums, validate
 from wavecast.runtime.known import Known
@@ -356,7 +358,8 @@ class SyncRun:
         return await begin(self._known, self._name, self.version, self.request)
 
     async def _transfer(self, preparation: Preparation) -> RunReport:
-        async def dispatch(task: Task) -> list[StepDone]:
+        # A plain function: calls must reach each actor in the order of the dispatches, however tasks are started.
+        def dispatch(task: Task) -> Awaitable[list[StepDone]]:
             self.touched.update(task.receivers)
             refs = [
                 self._actors.start(
@@ -365,6 +368,9 @@ class SyncRun:
                 )
                 for member in task.members
             ]
+            return finish(task, refs)
+
+        async def finish(task: Task, refs: list[Answer]) -> list[StepDone]:
             replies = await self._actors.answers(refs, StepDone)
             for member, reply in zip(task.members, replies, strict=True):
                 if reply.finished is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wavecast.scheduler.ports import TaskGraph
 
-__all__ = ("Bound", "lower_bound", "uncut_nbytes", "least_span", "divisible_nbytes")
+__all__ = ("Bound", "lower_bound", "uncut_nbytes", "least_span", "divisible_nbytes", "chain_nbytes")
 
 # Triangles are looked for up to so many (pairs of neighbours of a port).
 _TRIANGLE_PAIRS = 2_000_000
@@ -94,15 +94,28 @@ def divisible_nbytes(graph: TaskGraph) -> int:
     """
     Return what the sum over the waves of the largest task cannot go below, even if tasks may be cut anywhere.
 
-    The busiest port's bytes; in a connected part, all its bytes over the most tasks that fit beside each other; and the
-    bytes of one-to-one tasks within three ports. O(memberships); triangles are given up on graphs with too many.
+    The busiest port's bytes; in a connected part, all its bytes over the most tasks that fit beside each other; the
+    bytes of one-to-one tasks within three ports; and those of the longest chain of dependencies, as all pieces of a
+    task come before those of one after it. O(memberships); triangles are given up on graphs with too many.
     """
     nbytes: dict[int, int] = {}
     for task, root in enumerate(_parts(graph)):
         nbytes[root] = nbytes.get(root, 0) + graph.nbytes[task]
 
     packed = max((-(-nbytes[root] // beside) for root, beside, _, _ in _part_room(graph)), default=0)
-    return max(packed, _triangle_bound(graph, graph.nbytes), *graph.loads(), 0)
+    return max(packed, _triangle_bound(graph, graph.nbytes), chain_nbytes(graph), *graph.loads(), 0)
+
+
+def chain_nbytes(graph: TaskGraph) -> int:
+    """Return the most bytes of tasks that come after each other: cutting does not help, a task waits for whole ones."""
+    if not graph.after:
+        return max(graph.nbytes, default=0)
+
+    ends = [0] * len(graph.ports)
+    for position in graph.order:
+        ends[position] = graph.nbytes[position] + max((ends[before] for before in graph.after[position]), default=0)
+
+    return max(ends, default=0)
 
 
 def _parts(graph: TaskGraph) -> list[int]:

@@ -40,8 +40,9 @@ def first_fit(graph: TaskGraph) -> list[int]:
     Put each task, in the order given, in the first wave that has its ports free.
 
     What a first-in-first-out pass per wave over actor sets gives, which is how ChatLearn schedules its groups: the
-    baseline. One-to-one tasks get at most ``2 * D - 1`` waves, tasks of r ports at most ``r * (D - 1) + 1``.
-    O(memberships) operations on bitmasks of one bit a wave.
+    baseline. Without dependencies one-to-one tasks get at most ``2 * D - 1`` waves, tasks of r ports at most
+    ``r * (D - 1) + 1``; with dependencies there is no such bound. O(memberships) operations on bitmasks of a bit a
+    wave, in rows (see :func:`~wavecast.scheduler.greedy.greedy`).
     """
     return greedy(graph, graph.order)
 
@@ -117,7 +118,7 @@ def dsatur(graph: TaskGraph) -> list[int]:
 
 def edge_coloring(graph: TaskGraph) -> list[int]:
     """
-    As few waves as possible: exactly ``D`` where the tasks are the edges of a bipartite graph.
+    As few waves as possible: exactly ``D`` where the tasks are the edges of a bipartite graph, without dependencies.
 
     That is every set of one-to-one tasks in the full model, and in the half model every one with disjoint senders and
     receivers. Konig 1916, see :func:`~wavecast.scheduler.konig.color_bipartite`: near-linear.
@@ -126,17 +127,15 @@ def edge_coloring(graph: TaskGraph) -> list[int]:
     and finding the fewest is NP-hard. Tasks are then placed with exchanges of two waves along Kempe chains, and a local
     search of at most about half a second tries to do with fewer. Never more than first fit by falling number of ports.
 
-    With dependencies: the best of :func:`first_fit`, which keeps a relay's rounds, :func:`largest_first`, and colouring
-    all tasks of equal depth together, one depth after another.
+    With dependencies no bound is claimed: the best of :func:`first_fit`, which keeps a relay's rounds,
+    :func:`largest_first`, and colouring all tasks of equal depth together, one depth after another; the second up to
+    50,000 tasks, the third where the depths' busiest ports leave a chance. The depths share the time for local search
+    among them, by their number of tasks.
     """
     if graph.after:
-        ways = first_fit(graph), largest_first(graph), _by_depth(graph)
-        return min(ways, key=lambda waves: max(waves, default=-1))
+        return _color_in_order(graph)
 
-    if is_bipartite(graph):
-        return color_bipartite(graph, graph.order)
-
-    return _color_by_exchange(graph, graph.order)
+    return _color_freely(graph, len(graph.ports))
 
 
 def balanced(graph: TaskGraph) -> list[int]:
@@ -160,14 +159,15 @@ def balanced(graph: TaskGraph) -> list[int]:
     filled = greedy(graph, order)
     waves = filled
     if max(filled, default=-1) >= fewest:
-        waves = color_bipartite(graph, order) if is_bipartite(graph) else _color_by_exchange(graph, order)
+        searched = not is_bipartite(graph)
+        waves = _color_by_exchange(graph, order, len(order)) if searched else color_bipartite(graph, order)
 
     waves = close_gaps(waves)
     if span(graph, waves)[0] > shortest and len(waves) <= _SEARCH_TASKS:
         steps = min(_SORT_STEPS, 1000 * len(waves))
         waves = close_gaps(sort_sizes(graph, waves, target=shortest, steps=steps))
 
-    if span(graph, filled) < span(graph, waves) and not is_bipartite(graph):
+    if max(filled, default=-1) >= fewest and not is_bipartite(graph) and span(graph, filled) < span(graph, waves):
         waves = close_gaps(filled)
 
     longest = [0] * (max(waves, default=-1) + 1)
@@ -179,34 +179,47 @@ def balanced(graph: TaskGraph) -> list[int]:
     return [place[wave] for wave in waves]
 
 
-def _color_by_exchange(graph: TaskGraph, order: Iterable[int]) -> list[int]:
+def _color_freely(graph: TaskGraph, planned: int) -> list[int]:
+    """Colour without dependencies; ``planned`` as below."""
+    if is_bipartite(graph):
+        return color_bipartite(graph, graph.order)
+
+    return _color_by_exchange(graph, graph.order, planned)
+
+
+def _color_by_exchange(graph: TaskGraph, order: Iterable[int], planned: int) -> list[int]:
+    """
+    Colour by exchanges along chains and a local search.
+
+    :param planned: tasks of the whole plan: a part of it gets its share of what the whole may take
+    """
     # Tasks of many ports first: the small ones are easier to fit in between.
     order = sorted(order, key=lambda task: -len(graph.ports[task]))
     fewest = lower_bound(graph).waves
     waves = greedy(graph, order)
-    if len(order) > _EXCHANGE_TASKS and any(len(ports) > 2 for ports in graph.ports):
+    if planned > _EXCHANGE_TASKS and any(len(ports) > 2 for ports in graph.ports):
         return waves
 
     # Tasks often come sender by sender, which leaves the last ones no way out: in mixed order there mostly is one.
     mixed = list(order)
     random.Random(len(mixed)).shuffle(mixed)
     mixed.sort(key=lambda task: -len(graph.ports[task]))
-    for ways in (mixed, order) if len(order) <= _SEARCH_TASKS else (mixed,):
+    for ways in (mixed, order) if planned <= _SEARCH_TASKS else (mixed,):
         if max(waves, default=-1) < fewest:
             return waves
 
         waves = min(waves, _insert_all(graph, ways, fewest), key=lambda waves: max(waves, default=-1))
 
     if max(waves, default=-1) >= fewest:
-        waves = _search(graph, close_gaps(waves), fewest)
+        steps = min(_REDUCE_STEPS * len(waves) // planned, 2000 * len(waves))
+        waves = _search(graph, close_gaps(waves), fewest, steps)
 
     return waves
 
 
-def _search(graph: TaskGraph, waves: list[int], fewest: int) -> list[int]:
+def _search(graph: TaskGraph, waves: list[int], fewest: int, steps: int) -> list[int]:
     # Sizes are left to others here: with all of one size, a colouring's sum is its number of waves.
     alike = TaskGraph(graph.ports, (1,) * len(graph.ports), (), graph.order, graph.port_names)
-    steps = min(_REDUCE_STEPS, 2000 * len(waves))
     waves = repack_waves(alike, waves, target=(fewest, fewest), steps=steps)
     if max(waves) >= fewest:
         waves = reduce_waves(graph, waves, target=fewest, steps=steps)
@@ -226,29 +239,70 @@ def _insert_all(graph: TaskGraph, order: Iterable[int], fewest: int) -> list[int
     return table.waves
 
 
-def _by_depth(graph: TaskGraph) -> list[int]:
+def _color_in_order(graph: TaskGraph) -> list[int]:
+    """Colour with dependencies, until a way is as good as its bound."""
+    fewest = lower_bound(graph).waves
+    waves = first_fit(graph)
+    count = max(waves, default=-1) + 1
+    if count > fewest and len(waves) <= _EXCHANGE_TASKS:
+        other = largest_first(graph)
+        if max(other) + 1 < count:
+            waves, count = other, max(other) + 1
+
+    levels = _levels(graph) if count > fewest else []
+    if levels and sum(_busiest(graph, level) for level in levels) < count:
+        other = _by_depth(graph, levels)
+        if max(other) + 1 < count:
+            waves = other
+
+    return waves
+
+
+def _levels(graph: TaskGraph) -> list[list[int]]:
+    """Return the tasks by depth."""
     depths = graph.depths()
     levels: list[list[int]] = [[] for _ in range(max(depths, default=-1) + 1)]
     for task, depth in enumerate(depths):
         levels[depth].append(task)
 
+    return levels
+
+
+def _busiest(graph: TaskGraph, tasks: list[int]) -> int:
+    """Return how many of ``tasks`` the port with the most has."""
+    counts: dict[int, int] = {}
+    for task in tasks:
+        for port in graph.ports[task]:
+            counts[port] = counts.get(port, 0) + 1
+
+    return max(counts.values(), default=0)
+
+
+def _by_depth(graph: TaskGraph, levels: list[list[int]]) -> list[int]:
     waves = [0] * len(graph.ports)
     first = 0
     for level in levels:
-        part = TaskGraph(
-            ports=tuple(graph.ports[task] for task in level),
-            nbytes=tuple(graph.nbytes[task] for task in level),
-            after=(),
-            order=range(len(level)),
-            port_names=graph.port_names,
-        )
-        colored = close_gaps(edge_coloring(part))
+        part = _part(graph, level)
+        colored = close_gaps(_color_freely(part, len(graph.ports)))
         for task, wave in zip(level, colored, strict=True):
             waves[task] = first + wave
 
         first += max(colored) + 1
 
     return waves
+
+
+def _part(graph: TaskGraph, tasks: list[int]) -> TaskGraph:
+    """Return some of the tasks, without what they come after, over ports of their own: there may be many parts."""
+    dense: dict[int, int] = {}
+    ports = tuple(tuple(dense.setdefault(port, len(dense)) for port in graph.ports[task]) for task in tasks)
+    return TaskGraph(
+        ports=ports,
+        nbytes=tuple(graph.nbytes[task] for task in tasks),
+        after=(),
+        order=range(len(tasks)),
+        port_names=tuple(graph.port_names[port] for port in dense),
+    )
 
 
 def _chains_first(graph: TaskGraph) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 from wavecast.scheduler.task import Task
 
@@ -24,7 +25,8 @@ class LinkCost:
     :ivar nbytes_per_second: rate of a port once it is going
     :ivar branching: how much longer a message takes for each receiver after the first, as a share of the time its bytes
         take: 0 when a switch copies it, 1 when its sender sends it once to each
-    :raises ValueError: for a negative start-up or branching, or a rate that is not positive
+    :raises ValueError: for a start-up or branching that is negative or infinite, a rate that is not positive, and for
+        what is no number
     """
 
     alpha_seconds: float = 80e-6
@@ -32,14 +34,19 @@ class LinkCost:
     branching: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.alpha_seconds >= 0:
-            raise ValueError(f"alpha_seconds is {self.alpha_seconds}: it must be 0 or more")
+        for name in ("alpha_seconds", "nbytes_per_second", "branching"):
+            value = getattr(self, name)
+            if not hasattr(value, "__float__"):
+                raise ValueError(f"{name} is {value!r}: it must be a number")
+
+        if not 0 <= self.alpha_seconds < inf:
+            raise ValueError(f"alpha_seconds is {self.alpha_seconds}: it must be finite and 0 or more")
 
         if not self.nbytes_per_second > 0:
             raise ValueError(f"nbytes_per_second is {self.nbytes_per_second}: it must be more than 0")
 
-        if not self.branching >= 0:
-            raise ValueError(f"branching is {self.branching}: it must be 0 or more")
+        if not 0 <= self.branching < inf:
+            raise ValueError(f"branching is {self.branching}: it must be finite and 0 or more")
 
     def seconds(self, nbytes: float, *, receivers: int = 1) -> float:
         """Return how long a message of ``nbytes`` takes to ``receivers``."""
@@ -58,7 +65,7 @@ class LinkCost:
         :raises ValueError: for a factor or seconds that are no number from 0
         """
         for name, value in (("factor", factor), ("least_seconds", least_seconds)):
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}: it must be 0 or more")
+            if not (hasattr(value, "__float__") and value >= 0):
+                raise ValueError(f"{name} is {value!r}: it must be 0 or more")
 
         return lambda task: max(least_seconds, factor * self(task))

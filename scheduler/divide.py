@@ -9,7 +9,7 @@ from wavecast.scheduler.bounds import divisible_nbytes, lower_bound, uncut_nbyte
 from wavecast.scheduler.cost import LinkCost
 from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.konig import is_bipartite
-from wavecast.scheduler.leveling import level_rounds
+from wavecast.scheduler.leveling import StepBudget, level_rounds
 from wavecast.scheduler.openshop import open_shop
 from wavecast.scheduler.ports import PortModel, TaskGraph, build_graph
 from wavecast.scheduler.relaxation import relax
@@ -24,6 +24,10 @@ _SEARCHES = 5
 _PIECES_PER_TASK = 4
 # How often rounds look again at what is left: the coarser make fewer pieces.
 _LOOK_AGAIN = (16, 32, 64, 128, 256)
+# What may be looked at: memberships and dependencies of the chunks that are coloured, some five seconds of one core.
+_CHUNK_STEPS = 1_000_000
+# And tasks looked at in rounds: as long again.
+_ROUND_STEPS = 12_000_000
 # Rounding to whole units makes the rounds of the linear programme a little longer.
 _ROOM = 0.99
 
@@ -36,15 +40,26 @@ def chunk_sizes(nbytes: int, *, chunk_bytes: int, min_chunk_bytes: int = 1) -> t
     :param min_chunk_bytes: rather fewer, longer chunks than one below this; never decides while it is at most half of
         ``chunk_bytes``
     :return: one chunk of no bytes for no bytes
-    :raises ValueError: for negative bytes or a chunk size below 1
+    :raises ValueError: for negative bytes, a chunk size below 1, and for what is no whole number
     """
+    for name, value in (("nbytes", nbytes), ("chunk_bytes", chunk_bytes), ("min_chunk_bytes", min_chunk_bytes)):
+        if not hasattr(value, "__index__"):
+            raise ValueError(f"{name} is {value!r}: it must be a whole number of bytes")
+
     if nbytes < 0 or chunk_bytes < 1 or min_chunk_bytes < 1:
         raise ValueError(
             f"cannot cut {nbytes} bytes into chunks of {min_chunk_bytes} to {chunk_bytes}: bytes must be 0 or more, "
             "chunks 1 or more"
         )
 
-    count = max(1, min(-(-nbytes // chunk_bytes), nbytes // min_chunk_bytes))
+    return _equal(nbytes, _count(nbytes, chunk_bytes, min_chunk_bytes))
+
+
+def _count(nbytes: int, chunk_bytes: int, min_chunk_bytes: int) -> int:
+    return max(1, min(-(-nbytes // chunk_bytes), nbytes // min_chunk_bytes))
+
+
+def _equal(nbytes: int, count: int) -> tuple[int, ...]:
     size, longer = divmod(nbytes, count)
     return (size + 1,) * longer + (size,) * (count - longer)
 
@@ -109,6 +124,11 @@ def plan_divisible(
 
     A piece comes after all pieces of the tasks that its task comes after.
 
+    Time is bounded by counts, so that the result is the same everywhere. Whole tasks are always tried. Chunks are,
+    while memberships and dependencies of all those tried, and a quarter of the tasks' for each size ruled out, stay
+    below a million; rounds, until they have looked at twelve million tasks. Either is some five seconds of one core, a
+    search by ``strategy`` comes on top up to five times, and the linear programme has its own count.
+
     :param max_gap: the gap to reach, 1 or more
     :param min_chunk_bytes: no piece is smaller, but for the last one of a task
     :param cost: of a task, to weigh the start-ups of more waves against shorter ones
@@ -116,8 +136,8 @@ def plan_divisible(
     :raises ScheduleError: as :func:`~wavecast.scheduler.plan_waves` does
     :raises ValueError: for a ``max_gap`` below 1 or a ``min_chunk_bytes`` below 1
     """
-    if not max_gap >= 1:
-        raise ValueError(f"max_gap is {max_gap}: it must be 1 or more")
+    if not (hasattr(max_gap, "__float__") and max_gap >= 1):
+        raise ValueError(f"max_gap is {max_gap!r}: it must be 1 or more")
 
     _check_unit(min_chunk_bytes)
     tasks = tuple(tasks)
@@ -156,6 +176,9 @@ class _Search:
         self._price = LinkCost(alpha_seconds=0.0, nbytes_per_second=1.0) if cost is None else cost
         self._seconds = float("inf")  # of the best
         self._rank = (float("inf"), 0, float("inf"))  # of the best
+        self._memberships = sum(map(len, graph.ports))
+        self._chunk_steps = _CHUNK_STEPS  # left
+        self._round_budget = StepBudget(_ROUND_STEPS)
 
     @property
     def _met(self) -> bool:
@@ -169,15 +192,18 @@ class _Search:
             size = max(chunk_bytes, 1)
             last = chunk_bytes < 4 * self._unit // 3
             shortest = uncut_nbytes(graph, chunk_bytes=size)
+            self._chunk_steps -= self._memberships // 4
             promising = shortest <= self._goal or (last and self._free)
             if not self.best.cuts or (
                 promising and _fewest_seconds(graph, shortest, chunk_bytes, self._price) < self._seconds
             ):
-                sizes = [chunk_sizes(nbytes, chunk_bytes=size, min_chunk_bytes=self._unit) for nbytes in graph.nbytes]
-                if most_pieces is not None and sum(map(len, sizes)) > most_pieces:
+                counts = [_count(nbytes, size, self._unit) for nbytes in graph.nbytes]
+                self._chunk_steps -= self._steps_of(counts)
+                too_many = most_pieces is not None and sum(counts) > most_pieces
+                if self.best.cuts and (too_many or self._chunk_steps < 0):
                     return
 
-                pieces, cuts = _cut(self._tasks, sizes)
+                pieces, cuts = _cut(self._tasks, [_equal(*part) for part in zip(graph.nbytes, counts, strict=True)])
                 schedule = plan_waves(pieces, strategy="largest_first", ports=self._ports)
                 self._keep(Division(schedule, cuts))
                 # Where as few waves as possible are to be had at the same gap, more are for nothing.
@@ -186,7 +212,7 @@ class _Search:
                     searches -= not self._met
                     self._keep(Division(plan_waves(pieces, strategy=strategy, ports=self._ports), cuts))
 
-            if last or self._met:
+            if last or self._met or self._chunk_steps < 0:
                 return
 
             chunk_bytes = chunk_bytes * 3 // 4
@@ -198,7 +224,10 @@ class _Search:
             if self._met:
                 return
 
-            rounds = level_rounds(self._graph, units, parts=parts)
+            rounds = level_rounds(self._graph, units, parts=parts, budget=self._round_budget)
+            if self._round_budget.left < 0:
+                break
+
             self._keep(_pieces(self._tasks, self._graph, rounds, self._unit, self._ports, "leveled"))
 
         if not self._met:
@@ -210,6 +239,14 @@ class _Search:
             )
             if relaxed.rounds and self.best.schedule.makespan_bytes > self._max_gap * relaxed.bound:
                 self._keep(_pieces(self._tasks, self._graph, relaxed.rounds, self._unit, self._ports, "relaxed"))
+
+    def _steps_of(self, counts: Sequence[int]) -> int:
+        """Return the memberships and dependencies of so many pieces of each task."""
+        steps = sum(count * len(ports) for count, ports in zip(counts, self._graph.ports, strict=True))
+        for count, before in zip(counts, self._graph.after, strict=False):
+            steps += count * sum(counts[earlier] for earlier in before)
+
+        return steps
 
     def _keep(self, division: Division) -> None:
         seconds = sum(self._price.seconds(wave.longest_nbytes) for wave in division.schedule.waves)

@@ -51,7 +51,14 @@ async def run(
     function is left: hence a dispatch that resists its cancellation, or blocks the event loop, holds it up for as long
     as it pleases, past any deadline.
 
-    :param dispatch: start a task and return what to await; must be open to cancellation
+    On asyncio the abort is shielded from anyio's cancellations, and from one call of :meth:`asyncio.Task.cancel`, the
+    one that ended the run. A second such call while it is under way cuts it short: nothing can shield from those.
+
+    With ``in_flight`` above 1 an actor's tasks must be handed to it in the order of the calls of ``dispatch``. A plain
+    function that submits them and returns what to await does so. The body of an ``async def`` begins later: on asyncio
+    in the order of the calls, as it starts tasks first in, first out; on trio in no order.
+
+    :param dispatch: start a task and return what to await; must be open to cancellation. Best a plain function
     :param lookahead: how many waves past the oldest unfinished one may start: ``None`` for any, 0 for a strict barrier
     :param deadline: seconds for the whole run
     :param abort: gets the tasks in flight, a failed one first
@@ -200,6 +207,10 @@ class _Execution:
         """Await a dispatched task, dispatch what it set free, and go on with one of those."""
         followed = 0
         while position is not None:
+            if self._stopped:
+                # Handed over before, and not begun: a coroutine's calls must not come after those of the abort.
+                return
+
             try:
                 if self._task_seconds is None:
                     value = await self._unawaited.pop(position)

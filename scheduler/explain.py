@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from wavecast.scheduler.bounds import uncut_nbytes
-from wavecast.scheduler.ports import TaskGraph, build_graph
+from wavecast.scheduler.bounds import chain_nbytes, least_span, lower_bound, uncut_nbytes
+from wavecast.scheduler.ports import build_graph
 from wavecast.scheduler.schedule import Schedule
 
 __all__ = ("WaveShare", "Explanation", "explain")
@@ -38,13 +38,15 @@ class WaveShare:
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """
-    A schedule, wave by wave, and its gap: the makespan is the sum of the four parts.
+    A schedule, wave by wave, and its gap: the makespan is the sum of the five parts.
 
     :ivar waves: one entry a wave
     :ivar makespan_bytes: sum over the waves of the largest task
     :ivar bound_bytes: bytes through the busiest port
     :ivar size_bytes: what it takes more as tasks differ in size and are not cut, however they are coloured
-    :ivar order_bytes: what it takes more as tasks come after each other: the longest chain
+    :ivar wave_bytes: what it takes more in the waves beyond the tasks on the busiest port, as many as any colouring
+        needs (:func:`~wavecast.scheduler.bounds.lower_bound`): at least the smallest task in each
+    :ivar order_bytes: what it takes more as tasks come after each other: the longest chain, in waves or in bytes
     :ivar conflict_bytes: what is left: waves that could not be filled with tasks alike in size, and waves above the
         bound
     """
@@ -53,6 +55,7 @@ class Explanation:
     makespan_bytes: int
     bound_bytes: int
     size_bytes: int
+    wave_bytes: int
     order_bytes: int
     conflict_bytes: int
 
@@ -61,7 +64,11 @@ class Explanation:
         Return a table for a person, and a line on the gap.
 
         :param limit: waves to show at most, the first ones; ``None`` for all
+        :raises ValueError: for a limit that is negative or no whole number
         """
+        if limit is not None and not (isinstance(limit, int) and limit >= 0):
+            raise ValueError(f"limit is {limit!r}: it must be None, or 0 or more waves")
+
         shown = self.waves if limit is None else self.waves[:limit]
         rows = [("wave", "tasks", "bytes", "longest task", "its bytes", "busiest port", "idle")]
         rows += [
@@ -84,8 +91,8 @@ class Explanation:
         over = self.makespan_bytes - self.bound_bytes
         lines.append(
             f"makespan {self.makespan_bytes} bytes: {self.bound_bytes} through the busiest port, and {over} more: "
-            f"{self.size_bytes} for tasks of unlike size, {self.order_bytes} for their order, "
-            f"{self.conflict_bytes} for conflicts"
+            f"{self.size_bytes} for tasks of unlike size, {self.wave_bytes} for waves that any colouring needs, "
+            f"{self.order_bytes} for their order, {self.conflict_bytes} for conflicts"
         )
         return tuple(lines)
 
@@ -120,24 +127,15 @@ def explain(schedule: Schedule) -> Explanation:
 
     bound = max(loads, default=0)
     uncut = uncut_nbytes(graph)
-    chain = max(uncut, _longest_chain(graph))
+    free = replace(graph, after=())
+    needed = least_span(free, waves=lower_bound(free).waves)
+    ordered = max(needed, least_span(graph, waves=lower_bound(graph).waves), chain_nbytes(graph))
     return Explanation(
         waves=tuple(shares),
         makespan_bytes=schedule.makespan_bytes,
         bound_bytes=bound,
         size_bytes=uncut - bound,
-        order_bytes=chain - uncut,
-        conflict_bytes=schedule.makespan_bytes - chain,
+        wave_bytes=needed - uncut,
+        order_bytes=ordered - needed,
+        conflict_bytes=schedule.makespan_bytes - ordered,
     )
-
-
-def _longest_chain(graph: TaskGraph) -> int:
-    """Return the most bytes of tasks that come after each other."""
-    if not graph.after:
-        return max(graph.nbytes, default=0)
-
-    ends = [0] * len(graph.ports)
-    for position in graph.order:
-        ends[position] = graph.nbytes[position] + max((ends[before] for before in graph.after[position]), default=0)
-
-    return max(ends, default=0)

@@ -37,7 +37,7 @@ class Hop:
 
 
 def fan_out(
-    tasks: Iterable[Task], *, ports: PortModel = "full", cost: LinkCost | None = None, method: FanOut = "auto"
+    tasks: Iterable[Task], *, ports: PortModel = "half", cost: LinkCost | None = None, method: FanOut = "auto"
 ) -> tuple[Task, ...]:
     """
     Rewrite tasks of one sender and several receivers into relays: where that is faster, or as ``method`` says.
@@ -50,6 +50,7 @@ def fan_out(
     became. In the full model first fit keeps to the rounds of the relay: a stream alone takes no more waves than the
     relay has rounds. In the half model a node that passes on cannot receive meanwhile, and there are more.
 
+    :param ports: the model that the waves will keep to: give :func:`~wavecast.scheduler.plan_waves` the same
     :param cost: of a link; with its ``branching`` at 0 a broadcast is never slower
     :param method: how; ``auto`` compares the broadcast with the tree (in the half model, with the chain too)
     :return: rewritten tasks at the place of the first chunk of their stream, others as they were

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from wavecast.scheduler.ports import TaskGraph
+from wavecast.scheduler.taken import ROW_WAVES, TakenWaves
 
 __all__ = ("is_bipartite", "color_bipartite")
 
@@ -57,8 +58,10 @@ def color_bipartite(graph: TaskGraph, order: Iterable[int]) -> list[int]:
     :param order: every position once; earlier ones get lower waves where there is a choice
     """
     edges = graph.ports
+    count = max(graph.degrees(), default=0)
     waves = [-1] * len(edges)
-    free = [(1 << max(graph.degrees(), default=0)) - 1] * graph.n_ports
+    taken = TakenWaves(graph.n_ports)
+    low = taken.low
     at: list[dict[int, int]] = [{} for _ in range(graph.n_ports)]
     single: list[int] = []
     for task in order:
@@ -67,25 +70,27 @@ def color_bipartite(graph: TaskGraph, order: Iterable[int]) -> list[int]:
             continue
 
         left, right = edges[task]
-        common = free[left] & free[right]
-        if common:
-            bit = common & -common
-        else:
-            bit = free[left] & -free[left]
-            _clear(edges, waves, free, at, right, bit, free[right] & -free[right])
-
+        mask = low[left] | low[right]
+        bit = ~mask & (mask + 1)
         wave = bit.bit_length() - 1
+        if wave < min(count, ROW_WAVES):
+            low[left] |= bit
+            low[right] |= bit
+        else:
+            wave = taken.first(edges[task])
+            if wave >= count:
+                wave = taken.first((left,))
+                _clear(edges, waves, taken, at, right, wave, taken.first((right,)))
+
+            taken.take(edges[task], wave)
+
         waves[task] = wave
-        free[left] ^= bit
-        free[right] ^= bit
         at[left][wave] = task
         at[right][wave] = task
 
     for task in single:
-        (port,) = edges[task]
-        bit = free[port] & -free[port]
-        free[port] ^= bit
-        waves[task] = bit.bit_length() - 1
+        waves[task] = taken.first(edges[task])
+        taken.take(edges[task], waves[task])
 
     return waves
 
@@ -93,17 +98,16 @@ def color_bipartite(graph: TaskGraph, order: Iterable[int]) -> list[int]:
 def _clear(
     edges: tuple[tuple[int, ...], ...],
     waves: list[int],
-    free: list[int],
+    taken: TakenWaves,
     at: list[dict[int, int]],
     port: int,
-    bit: int,
-    spare_bit: int,
+    wave: int,
+    spare: int,
 ) -> None:
-    """Free the wave of ``bit`` at ``port``, which has that of ``spare_bit`` free, along their alternating path."""
-    both = bit | spare_bit
-    wave, spare = bit.bit_length() - 1, spare_bit.bit_length() - 1
+    """Free ``wave`` at ``port``, which has ``spare`` free, along their alternating path."""
     moving = at[port].pop(wave)
-    free[port] ^= both
+    taken.free(port, wave)
+    taken.take((port,), spare)
     while True:
         # ``moving`` goes from ``wave`` to ``spare`` and drives on what has ``spare`` at its other end, if anything has.
         at[port][spare] = moving
@@ -114,7 +118,8 @@ def _clear(
         at[port][spare] = moving
         if driven is None:
             del at[port][wave]
-            free[port] ^= both
+            taken.free(port, wave)
+            taken.take((port,), spare)
             return
 
         moving = driven

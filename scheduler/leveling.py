@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from wavecast.scheduler.ports import TaskGraph
 
-__all__ = ("level_rounds",)
+__all__ = ("level_rounds", "StepBudget")
 
 
-def level_rounds(graph: TaskGraph, lengths: Sequence[int], *, parts: int) -> list[tuple[int, tuple[int, ...]]]:
+@dataclass(slots=True)
+class StepBudget:
+    """
+    What a search may still take: a measure of time that is the same everywhere.
+
+    :ivar left: steps; below 0 when it is spent
+    """
+
+    left: int
+
+
+def level_rounds(
+    graph: TaskGraph, lengths: Sequence[int], *, parts: int, budget: StepBudget | None = None
+) -> list[tuple[int, tuple[int, ...]]]:
     """
     Cut tasks into rounds in which no two share a port, by what is left of them.
 
@@ -23,8 +38,10 @@ def level_rounds(graph: TaskGraph, lengths: Sequence[int], *, parts: int) -> lis
 
     :param lengths: of each task, in whole units; 0 leaves a task out
     :param parts: look again after one in so many parts of the fullest port's rest
-    :return: rounds, as their length and their tasks in rising order, no two of the same tasks; a task that is over
-        before the last of its rounds has no part in the rest of them
+    :param budget: of tasks looked at; none for no limit
+    :return: nothing when the budget was spent before all were placed; else rounds, as their length and their tasks in
+        rising order, no two of the same tasks; a task that is over before the last of its rounds has no part in the
+        rest of them
     """
     left = list(lengths)
     on_port: list[list[int]] = [[] for _ in range(graph.n_ports)]
@@ -34,9 +51,13 @@ def level_rounds(graph: TaskGraph, lengths: Sequence[int], *, parts: int) -> lis
             on_port[port].append(task)
             load[port] += left[task]
 
+    budget = budget or StepBudget(sys.maxsize)
     rounds: dict[tuple[int, ...], int] = {}
     while full := sorted((port for port, rest in enumerate(load) if rest), key=lambda port: -load[port]):
-        chosen = _choose(graph, full, on_port, left)
+        chosen = _choose(graph, full, on_port, left, budget)
+        if budget.left < 0:
+            return []
+
         length = min(max(1, load[full[0]] // parts), max(left[task] for task in chosen))
         for task in chosen:
             moved = min(length, left[task])
@@ -50,13 +71,16 @@ def level_rounds(graph: TaskGraph, lengths: Sequence[int], *, parts: int) -> lis
     return [(length, members) for members, length in rounds.items()]
 
 
-def _choose(graph: TaskGraph, full: list[int], on_port: list[list[int]], left: list[int]) -> list[int]:
+def _choose(
+    graph: TaskGraph, full: list[int], on_port: list[list[int]], left: list[int], budget: StepBudget
+) -> list[int]:
     used = bytearray(graph.n_ports)
     chosen: list[int] = []
     for port in full:
         if used[port]:
             continue
 
+        budget.left -= len(on_port[port])
         waiting = on_port[port] = [task for task in on_port[port] if left[task]]
         best, most = -1, 0
         for task in waiting:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wavecast.scheduler.errors import ScheduleError
-from wavecast.scheduler.ports import PortModel
+from wavecast.scheduler.ports import PortModel, check_ports
 from wavecast.scheduler.task import Task
 
 __all__ = ("PortOrder", "order_ports")
@@ -38,8 +38,9 @@ def order_ports(waves: Sequence[Sequence[Task]], ports: PortModel) -> PortOrder:
     Return the order of ``waves``. Linear in the number of memberships.
 
     :raises ScheduleError: when a task has no sender or no receiver, or comes after one that is in no earlier wave: it
-        would wait for ever
+        would wait for ever; and for an unknown port model
     """
+    check_ports(ports)
     full = ports == "full"
     dense: dict[int, int] = {}
     queues: list[list[int]] = []

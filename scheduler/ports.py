@@ -8,12 +8,12 @@ from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Literal, get_args
 
 from wavecast.scheduler.errors import ScheduleError
-from wavecast.scheduler.task import Task
+from wavecast.scheduler.task import Task, check_integers
 
 if TYPE_CHECKING:
     from wavecast.scheduler.bounds import Bound
 
-__all__ = ("PortModel", "TaskGraph", "build_graph")
+__all__ = ("PortModel", "TaskGraph", "build_graph", "check_ports")
 
 PortModel = Literal["half", "full"]
 """
@@ -74,18 +74,27 @@ class TaskGraph:
         return depths
 
 
+def check_ports(ports: str) -> None:
+    """
+    Check the name of a port model.
+
+    :raises ScheduleError: when there is none of that name
+    """
+    if ports not in get_args(PortModel):
+        raise ScheduleError(f"ports is {ports!r}: it must be one of {', '.join(get_args(PortModel))}")
+
+
 def build_graph(tasks: Sequence[Task], ports: PortModel) -> TaskGraph:
     """
     Check ``tasks`` and number their ports in order of first use.
 
     Linear in the number of memberships; never looks at a payload.
 
-    :raises ScheduleError: for a repeated id, no sender, no receiver, an unknown or cyclic ``after``, an actor that
-        is no integer, or an unknown port model
+    :raises ScheduleError: for a repeated id, no sender, no receiver, an unknown or cyclic ``after``, an id or an actor
+        that is no integer, or an unknown port model
     """
-    if ports not in get_args(PortModel):
-        raise ScheduleError(f"ports is {ports!r}: it must be one of {', '.join(get_args(PortModel))}")
-
+    check_ports(ports)
+    check_integers(tasks)
     full = ports == "full"
     positions: dict[int, int] = {}
     dense: dict[int, int] = {}
@@ -111,10 +120,6 @@ def build_graph(tasks: Sequence[Task], ports: PortModel) -> TaskGraph:
         edge = [dense.setdefault(name, len(dense)) for name in names]
         edges.append(tuple(edge) if len(set(edge)) == len(edge) else tuple(dict.fromkeys(edge)))
         linked = linked or bool(task.after)
-
-    for name in dense:
-        if not isinstance(name, int):
-            raise ScheduleError(f"a port is numbered {name!r}: actors must be integers")
 
     after = _link(tasks, positions) if linked else ()
     return TaskGraph(

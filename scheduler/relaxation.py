@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil, fsum
 
 from wavecast.scheduler.bounds import divisible_nbytes
-from wavecast.scheduler.leveling import level_rounds
+from wavecast.scheduler.leveling import StepBudget, level_rounds
 from wavecast.scheduler.ports import TaskGraph
 
 __all__ = ("Relaxation", "relax")
@@ -22,6 +22,8 @@ __all__ = ("Relaxation", "relax")
 _MOST_CLASSES = 400
 _MOST_STEPS = 400_000_000
 _MOST_NODES = 20_000
+# Tasks looked at for the sets to start from: many tasks of few sets are given up.
+_LEVEL_STEPS = 12_000_000
 _EPSILON = 1e-9
 _CLOSE = 1.005
 # Share of the best prices so far in those that are asked for (Wentges 1997).
@@ -67,7 +69,11 @@ def relax(graph: TaskGraph, *, unit: int = 1, bound_enough: float = float("inf")
     master = _Master([sum(graph.nbytes[task] for task in tasks) for tasks in members])
     pricing = _Pricing(list(classes))
     place = {task: index for index, tasks in enumerate(members) for task in tasks}
-    known = [tuple(place[task] for task in tasks) for _, tasks in level_rounds(graph, graph.nbytes, parts=32)]
+    rounds = level_rounds(graph, graph.nbytes, parts=32, budget=StepBudget(_LEVEL_STEPS))
+    if not rounds:
+        return Relaxation(0, ())
+
+    known = [tuple(place[task] for task in tasks) for _, tasks in rounds]
     bound, steady = 0.0, [0.0] * len(members)
     while master.steps + pricing.steps < _MOST_STEPS:
         value, chosen = max((master.price(each), each) for each in known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -46,7 +47,7 @@ class Schedule:
     Waves in the order they run.
 
     :ivar waves: every task once; no port twice in a wave; dependencies in earlier waves
-    :ivar bound: what no schedule of these tasks can go below
+    :ivar bound: what no schedule of these tasks can go below; zeros when it was not worked out
     :ivar ports: the port model the waves keep to
     :ivar strategy: the strategy that made them; never ``auto``
     :ivar reason: why that one, when it was ``auto`` that chose
@@ -81,8 +82,15 @@ class Schedule:
 
     @property
     def gap(self) -> float:
-        """Makespan over its lower bound, both in bytes: 1.0 is optimal, and what a schedule without bytes has."""
-        return self.makespan_bytes / self.bound.nbytes if self.bound.nbytes else 1.0
+        """
+        Makespan over its lower bound, both in bytes: 1.0 is optimal, and what a schedule without bytes has.
+
+        Not a number where there are bytes and no bound was given.
+        """
+        if self.bound.nbytes:
+            return self.makespan_bytes / self.bound.nbytes
+
+        return math.nan if self.makespan_bytes else 1.0
 
     @property
     def digest(self) -> str:

@@ -62,8 +62,8 @@ def simulate(
             start, cause[position] = max([(now, by), *(port_free[port] for port in schedule.order.ports[position])])
             started[position] = start
             seconds = cost(tasks[position])
-            if not seconds >= 0:
-                raise ValueError(f"task {tasks[position].id} costs {seconds} seconds: it must be 0 or more")
+            if not (hasattr(seconds, "__float__") and seconds >= 0):
+                raise ValueError(f"task {tasks[position].id} costs {seconds!r} seconds: it must be 0 or more")
 
             finished[position] = start + seconds
             for port in schedule.order.ports[position]:

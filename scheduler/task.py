@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import index
 
 from wavecast.scheduler.errors import ScheduleError
 
-__all__ = ("Task",)
+__all__ = ("Task", "check_integers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +68,42 @@ class Task:
     def members(self) -> tuple[int, ...]:
         """The actors that take part, each once, senders first."""
         return tuple(dict.fromkeys(self.senders + self.receivers))
+
+
+def check_integers(tasks: Sequence[Task]) -> None:
+    """
+    Check that ids, actors and dependencies are integers, of whatever make.
+
+    :raises ScheduleError: naming the task and the value that is none, or what is no task
+    """
+    # There may be a hundred thousand: types are gathered in bulk, and looked at one by one only if one is unusual.
+    if set(map(type, tasks)) <= {Task}:
+        kinds = set(map(type, [task.id for task in tasks]))
+        kinds.update(map(type, chain.from_iterable([task.senders for task in tasks])))
+        kinds.update(map(type, chain.from_iterable([task.receivers for task in tasks])))
+        kinds.update(map(type, chain.from_iterable([task.after for task in tasks])))
+        if kinds <= {int}:
+            return
+
+    for position, task in enumerate(tasks):
+        if not isinstance(task, Task):
+            raise ScheduleError(f"number {position} of the tasks is {task!r}: it must be a Task")
+
+        if not _is_integer(task.id):
+            raise ScheduleError(f"number {position} of the tasks has id {task.id!r}: it must be an integer")
+
+        for name in ("senders", "receivers", "after"):
+            for value in getattr(task, name):
+                if not _is_integer(value):
+                    raise ScheduleError(
+                        f"task {task.id} has {value!r} among its {name}: it must be an integer", tasks=(task.id,)
+                    )
+
+
+def _is_integer(value: object) -> bool:
+    try:
+        index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+
+    return True

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from wavecast.scheduler.errors import ScheduleError
 from wavecast.scheduler.schedule import Schedule
-from wavecast.scheduler.task import Task
+from wavecast.scheduler.task import Task, check_integers
 
 __all__ = ("verify",)
 
@@ -19,9 +19,15 @@ def verify(schedule: Schedule, tasks: Iterable[Task]) -> None:
 
     Linear in the number of memberships. Payloads are not compared.
 
-    :raises ScheduleError: naming the tasks and the loss, the clash, the broken dependency or the circle
+    :raises ScheduleError: naming the tasks and the loss, the clash, the broken dependency or the circle; or an id or an
+        actor that is no integer, or a port model that there is not
     """
     asked = list(tasks)
+    if schedule.ports not in ("half", "full"):
+        raise ScheduleError(f"the schedule's ports are {schedule.ports!r}: they must be half or full")
+
+    check_integers(asked)
+    check_integers(schedule.tasks)
     wave_of = _check_complete(schedule, asked)
     _check_clashes(schedule)
     _check_waits(schedule)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import torch
-import torch.distributed as dist
 
 from wavecast.runtime.errors import TransportUnavailable
 from wavecast.runtime.transfer.comm import CommunicatorError, CudaFence, Deadline, Fence, MoveTimeout
@@ -30,7 +29,8 @@ class IpcCommunicator:
         self.rank = rendezvous.rank
         self.device = device
         self.device_bytes = 0
-        self._store = dist.PrefixStore(f"{rendezvous.key}/ipc", rendezvous.store)
+        self._store = rendezvous.store
+        self._prefix = f"{rendezvous.key}/ipc"
         self._aborted = False
         self._exporter = Exporter()
         self._opened: dict[bytes, int] = {}
@@ -88,14 +88,15 @@ class IpcCommunicator:
     def tell(self, key: str, value: bytes) -> None:
         """Leave a message."""
         try:
-            self._store.set(key, value.hex())
+            self._store.set(f"{self._prefix}/{key}", value)
         except RuntimeError as error:
             raise CommunicatorError(f"the rendezvous is gone: {str(error).partition(chr(10))[0]}") from error
 
     def hear(self, key: str, deadline: Deadline) -> bytes:
         """Wait for a message and take it away."""
+        name = f"{self._prefix}/{key}"
         try:
-            while not self._store.check([key]):
+            while not self._store.check([name]):
                 if self._aborted:
                     raise CommunicatorError("the communicator was aborted")
 
@@ -104,8 +105,8 @@ class IpcCommunicator:
 
                 time.sleep(_POLL_SECONDS)
 
-            value = bytes.fromhex(self._store.get(key).decode())
-            self._store.delete_key(key)
+            value = self._store.get(name)
+            self._store.delete_key(name)
         except RuntimeError as error:
             raise CommunicatorError(f"the rendezvous is gone: {str(error).partition(chr(10))[0]}") from error
 

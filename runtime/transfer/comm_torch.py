@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from wavecast.runtime.transfer.comm import PASSED, CommunicatorError, CudaFence, Deadline, Fence, MoveTimeout
+from wavecast.runtime.transfer.sealed_store import SealedStore
 
 __all__ = ("Rendezvous", "GlooCommunicator", "NcclCommunicator", "host_store", "join_store")
 
@@ -24,8 +25,8 @@ class Rendezvous:
     """
     Where and how the members of a connection meet.
 
-    :ivar store: reached by all members
-    :ivar key: unguessable prefix of all keys
+    :ivar store: reached by all members, readable by them alone
+    :ivar key: prefix of all keys
     :ivar host: this node's own address, for the sockets of gloo
     :ivar rank: this actor's number, out of ``size``
     :ivar groups: sorted actor sets that broadcast among themselves; every member knows all of them, in the same order
@@ -34,7 +35,7 @@ class Rendezvous:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: SealedStore,
         *,
         key: str,
         host: str,
@@ -122,7 +123,7 @@ class GlooCommunicator:
         self._aborted = False
         self._tags: dict[tuple[int, int], int] = {}
         self._store = rendezvous.store
-        with _translated("connecting gloo", rendezvous.deadline, lambda: self._aborted):
+        with _connecting("gloo", rendezvous, lambda: self._aborted):
             self._world: _Group | None = _gloo_group(rendezvous, "world", tuple(range(rendezvous.size)))
             self._groups = {
                 group: _gloo_group(rendezvous, "-".join(map(str, group)), group)
@@ -196,7 +197,7 @@ class NcclCommunicator:
         torch.cuda.set_device(device)
         free_before = torch.cuda.mem_get_info(device)[0]
         reserved_before = torch.cuda.memory_reserved(device)
-        with _translated("connecting NCCL", rendezvous.deadline, lambda: self._aborted):
+        with _connecting("NCCL", rendezvous, lambda: self._aborted):
             self._world = _nccl_group(rendezvous, "world", tuple(range(rendezvous.size)), device)
             self._groups = {
                 group: _nccl_group(rendezvous, "-".join(map(str, group)), group, device)
@@ -305,6 +306,19 @@ def _unwatched() -> Iterator[None]:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _connecting(transport: str, rendezvous: Rendezvous, aborted: Callable[[], bool]) -> Iterator[None]:
+    try:
+        with _translated(f"connecting {transport}", rendezvous.deadline, aborted):
+            yield
+    except CommunicatorError as error:
+        # Torch's NCCL wraps whatever its store raises into an error of its own.
+        if rendezvous.store.tampered is not None and rendezvous.store.tampered is not error:
+            raise rendezvous.store.tampered from error
+
+        raise
 
 
 @contextlib.contextmanager

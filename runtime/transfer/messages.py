@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from wavecast.runtime.layout.shard import Layout, Place
@@ -121,7 +121,8 @@ class Connect:
     """
     Builds this actor's end of a connection; all its members get one at the same time.
 
-    :ivar connection: unguessable name, also the prefix of all keys in the store
+    :ivar connection: name, also the prefix of all keys in the store
+    :ivar secret: random bytes that only members of the connection have; seals what they say over the store
     :ivar transport: ``"gloo"`` or ``"nccl"``
     :ivar rank: this actor's number, out of ``size``
     :ivar groups: actor sets (sorted, of three or more) that broadcast among themselves
@@ -138,6 +139,8 @@ class Connect:
     groups: tuple[tuple[int, ...], ...]
     edges: tuple[tuple[int, int], ...]
     seconds: float
+    # In no log: a message's text may be shown.
+    secret: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

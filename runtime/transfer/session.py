@@ -30,6 +30,7 @@ from wavecast.runtime.transfer.messages import (
 )
 from wavecast.runtime.transfer.program import Bucket, Program, Step, fill_buckets
 from wavecast.runtime.transfer.pull import Puller, export_addresses
+from wavecast.runtime.transfer.sealed_store import SealedStore
 from wavecast.runtime.transfer.staging import Leg, Staging
 
 __all__ = ("Run", "Session", "pass_on")
@@ -295,7 +296,7 @@ class Session:
             store = join_store(request.host, request.port, seconds=deadline.left)
 
         rendezvous = Rendezvous(
-            store,
+            SealedStore(store, secret=request.secret),
             key=request.connection,
             host=address,
             rank=request.rank,

@@ -44,10 +44,11 @@ def test_the_rendezvous_listens_on_its_own_address_alone() -> None:
 
 
 @pytest.mark.anyio
-async def test_every_connection_has_an_unguessable_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_connection_has_a_name_and_a_secret_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wavecast.runtime.cluster.ray.cancel", cancel_later_if_stopped)
     sides = LocalSides()
     names: list[str] = []
+    secrets: list[bytes] = []
     for _ in range(2):
         async with sides.group("in_place", reconnects=True) as group:
             await group.sync()
@@ -55,6 +56,9 @@ async def test_every_connection_has_an_unguessable_name_of_its_own(monkeypatch: 
 
     for actor in sides.actors:
         names += [request.connection for request in actor.asked if isinstance(request, Connect | HostStore)]
+        connects = [request for request in actor.asked if isinstance(request, Connect)]
+        secrets += [request.secret for request in connects]
+        assert not any(repr(request.secret) in repr(request) for request in connects)
         groups = {
             request.run.group for request in actor.asked if not isinstance(request, Status) if hasattr(request, "run")
         }
@@ -62,6 +66,10 @@ async def test_every_connection_has_an_unguessable_name_of_its_own(monkeypatch: 
         assert all(re.fullmatch(r"[0-9a-f]{32}", name) for name in groups)
 
     assert len(set(names)) == 4
+    # One a connection, the same for all of its members.
+    assert len(secrets) == 4 * len(sides.actors)
+    assert {len(secret) for secret in secrets} == {32}
+    assert len(set(secrets)) == 4
     assert all(re.fullmatch(r"wavecast-[0-9a-f]{32}", name) for name in names)
 
 
@@ -74,7 +82,7 @@ def test_only_what_came_over_ray_is_unpickled() -> None:
     # The trainers' own process group, in which they gather their adapters themselves.
     assert {name for name, each in calls.items() if each} == {"layout/lora/gather.py"}
     # Whatever receives from a socket of its own cannot even reach what unpickles.
-    for name in ("comm", "comm_torch", "comm_ipc", "comm_fake"):
+    for name in ("comm", "comm_torch", "comm_ipc", "comm_fake", "sealed_store"):
         modules = _imported(RUNTIME / "transfer" / f"{name}.py")
         assert not any(module.endswith((".messages", ".program")) for module in modules), name
 

@@ -219,3 +219,60 @@ async def test_a_dispatch_that_raises_a_cancellation_of_its_own_fails_its_task(
     assert isinstance(caught.value.__cause__, asyncio.CancelledError)
     assert not actors.running
     assert [ids[0] for ids in actors.aborts] == [failing]
+
+
+WIDE = [Task(0, tuple(range(9)), (50,), 1), *(Task(id, (id - 1,), (100 + id,), 1) for id in range(1, 10))]
+
+
+class Log:
+    """What began and what was aborted, in the order of the calls. A dispatch begins when its body does."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+
+    async def dispatch(self, task: Task) -> None:
+        self.entries.append(f"begin {task.id}")
+        for _ in range(2):
+            await checkpoint()
+
+    async def abort(self, tasks: tuple[Task, ...]) -> None:
+        self.entries.append("abort")
+        for _ in range(3):
+            await checkpoint()
+
+    @property
+    def after_the_abort(self) -> list[str]:
+        return self.entries[self.entries.index("abort") + 1 :] if "abort" in self.entries else []
+
+
+@pytest.mark.parametrize("steps", range(16))
+@pytest.mark.parametrize("tasks", [TASKS, WIDE], ids=["narrow", "wide"])
+async def test_no_coroutine_of_a_cancelled_run_begins_after_its_abort(tasks: list[Task], steps: int) -> None:
+    log = Log()
+    schedule = plan_waves(tasks)
+
+    async def main() -> None:
+        await run(schedule, log.dispatch, abort=log.abort)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(main)
+        for _ in range(steps):
+            await checkpoint()
+
+        group.cancel_scope.cancel()
+
+    assert log.after_the_abort == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("steps", range(16))
+@pytest.mark.parametrize("tasks", [TASKS, WIDE], ids=["narrow", "wide"])
+async def test_no_coroutine_begins_after_the_abort_of_a_plain_asyncio_cancel(tasks: list[Task], steps: int) -> None:
+    log = Log()
+    task = asyncio.create_task(run(plan_waves(tasks), log.dispatch, abort=log.abort))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+
+    task.cancel()
+    await asyncio.wait([task])
+    assert log.after_the_abort == []

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wavecast.scheduler import STRATEGIES, PortModel, Task, plan_waves, verify
+from wavecast.scheduler import STRATEGIES, PortModel, Task, coloring, plan_waves, verify
 from wavecast.scheduler.bounds import divisible_nbytes, least_span, lower_bound, uncut_nbytes
+from wavecast.scheduler.greedy import greedy
 from wavecast.scheduler.konig import is_bipartite
 from wavecast.scheduler.ports import TaskGraph, build_graph
+from wavecast.scheduler.taken import ROW_WAVES
 
 OPTIMAL = ("edge_coloring", "balanced", "auto")
 
@@ -261,3 +263,93 @@ def test_every_strategy_tells_its_bound_its_cost_or_its_source() -> None:
     for name, strategy in STRATEGIES.items():
         assert strategy.__name__ == name
         assert len(strategy.__doc__ or "") > 200
+
+
+@pytest.mark.parametrize("strategy", OPTIMAL)
+def test_a_port_of_more_tasks_than_a_row_of_waves_is_optimal_too(strategy: str) -> None:
+    rng = random.Random(3)
+    edges = [(rng.randrange(3), 3 + rng.randrange(3)) for _ in range(3 * ROW_WAVES + 500)]
+    tasks = one_to_one(edges)
+    degrees = [sum(port in edge for edge in edges) for port in range(6)]
+    assert max(degrees) > ROW_WAVES
+
+    assert waves_of(tasks, strategy) == max(degrees)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_first_fit_over_rows_is_first_fit(linked: bool) -> None:
+    rng = random.Random(5)
+    tasks = [
+        Task(
+            id,
+            (id % 2,),
+            tuple(rng.sample(range(2, 8), rng.randint(1, 2))),
+            1,
+            after=(rng.randrange(max(0, id - 3), id),) if linked and id and rng.random() < 0.5 else (),
+        )
+        for id in range(4 * ROW_WAVES + 500)
+    ]
+    taken: list[set[int]] = [set() for _ in range(8)]
+    first = [0] * 8  # per actor: all waves below are taken
+    expected: list[int] = []
+    for task in tasks:
+        wave = max([first[actor] for actor in task.members] + [expected[before] + 1 for before in task.after])
+        while any(wave in taken[actor] for actor in task.members):
+            wave += 1
+
+        for actor in task.members:
+            taken[actor].add(wave)
+            while first[actor] in taken[actor]:
+                first[actor] += 1
+
+        expected.append(wave)
+
+    graph = build_graph(tasks, "half")
+    assert greedy(graph, graph.order) == expected
+    assert max(expected) > 2 * ROW_WAVES
+
+
+def test_depths_share_one_budget_of_local_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A gate between depths, so that only colouring each by itself can do with fewer waves than first fit.
+    rng = random.Random(1)
+    tasks: list[Task] = []
+    before: tuple[int, ...] = ()
+    for _ in range(8):
+        level = [
+            Task(
+                len(tasks) + index,
+                (rng.randrange(12),),
+                tuple(12 + actor for actor in rng.sample(range(12), rng.randint(2, 5))),
+                1,
+                before,
+            )
+            for index in range(150)
+        ]
+        tasks += [*level, Task(len(tasks) + 150, (30,), (31,), 1, tuple(task.id for task in level))]
+        before = (tasks[-1].id,)
+
+    given: list[int] = []
+    search = coloring._search
+
+    def count(graph: TaskGraph, waves: list[int], fewest: int, steps: int) -> list[int]:
+        given.append(steps)
+        return search(graph, waves, fewest, steps)
+
+    monkeypatch.setattr(coloring, "_search", count)
+
+    found = waves_of(tasks, "edge_coloring")
+
+    assert len(given) > 1
+    assert sum(given) <= coloring._REDUCE_STEPS
+    assert found < waves_of(tasks, "first_fit")
+
+
+def test_depths_that_cannot_do_with_fewer_waves_are_not_coloured_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(2)
+    tasks = [
+        Task(id, (rng.randrange(5),), (5 + rng.randrange(7),), 1, (id - 20,) if id >= 20 else ()) for id in range(400)
+    ]
+    assert plan_waves(tasks, strategy="first_fit").bound.waves < waves_of(tasks, "first_fit")
+    monkeypatch.setattr(coloring, "_by_depth", lambda graph, levels: pytest.fail("coloured by depth"))
+
+    assert waves_of(tasks, "edge_coloring") <= waves_of(tasks, "first_fit")

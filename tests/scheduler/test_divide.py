@@ -10,15 +10,18 @@ from wavecast.scheduler import (
     Division,
     LinkCost,
     PortModel,
+    Schedule,
     ScheduleError,
     Task,
     chunk_sizes,
+    divide,
     plan_divisible,
     plan_preemptive,
     plan_waves,
     verify,
 )
 from wavecast.scheduler.bounds import divisible_nbytes
+from wavecast.scheduler.leveling import StepBudget, level_rounds
 from wavecast.scheduler.ports import build_graph
 
 
@@ -189,3 +192,59 @@ def test_one_to_one_plans_of_random_sizes_come_within_five_percent(seed: int) ->
 
 def test_nothing_divides_into_nothing() -> None:
     assert plan_divisible([]).cuts == plan_preemptive([]).cuts == ()
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_chain_is_not_cut_as_cutting_makes_it_no_shorter(same: bool) -> None:
+    tasks = [
+        Task(id, (0 if same else 2 * id,), (1 if same else 2 * id + 1,), 1 << 30, (id - 1,) if id else ())
+        for id in range(12)
+    ]
+
+    division = plan_divisible(tasks)
+
+    assert [cut.nbytes for cut in division.cuts] == [1 << 30] * 12
+    assert division.schedule.makespan_bytes == divisible_nbytes(build_graph(tasks, "half")) == 12 << 30
+
+
+def test_what_is_tried_stays_below_a_count_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Chunks of a byte would be needed for a gap of exactly 1: a thousand million of them.
+    rng = random.Random(1)
+    tasks = [Task(id, (rng.randrange(4),), (4 + rng.randrange(4),), rng.randrange(1 << 30)) for id in range(30)]
+    colored: list[int] = []
+    plan = divide.plan_waves
+
+    def count(pieces: tuple[Task, ...], *, ports: PortModel, strategy: str = "auto") -> Schedule:
+        if strategy == "largest_first":
+            colored.append(sum(len(piece.members) + len(piece.after) for piece in pieces))
+
+        return plan(pieces, strategy=strategy, ports=ports)
+
+    monkeypatch.setattr(divide, "plan_waves", count)
+
+    division = plan_divisible(tasks, min_chunk_bytes=1, max_gap=1.0)
+
+    assert sum(colored) <= divide._CHUNK_STEPS
+    check_division(division, tasks)
+
+
+def test_chunks_of_tasks_that_depend_on_each_other_count_their_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [Task(0, (0,), (2,), 100), Task(1, (1,), (3,), 90), Task(2, (0,), (3,), 50, (0, 1)), Task(3, (2,), (1,), 9)]
+    monkeypatch.setattr(divide, "_CHUNK_STEPS", 10)  # the whole tasks: 8 memberships, 2 links
+
+    division = plan_divisible(tasks, min_chunk_bytes=1, max_gap=1.0)
+
+    assert len(division.cuts) == 4
+
+
+def test_rounds_are_given_up_when_their_budget_is_spent() -> None:
+    tasks = [Task(id, (id % 3,), (3 + id % 4,), 50 + id) for id in range(12)]
+    graph = build_graph(tasks, "half")
+    budget = StepBudget(10**6)
+
+    rounds = level_rounds(graph, graph.nbytes, parts=8, budget=budget)
+    used = 10**6 - budget.left
+
+    assert rounds == level_rounds(graph, graph.nbytes, parts=8)
+    assert rounds == level_rounds(graph, graph.nbytes, parts=8, budget=StepBudget(used))
+    assert level_rounds(graph, graph.nbytes, parts=8, budget=StepBudget(used - 1)) == []

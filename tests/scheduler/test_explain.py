@@ -27,8 +27,36 @@ def test_the_gap_is_told_by_what_makes_it() -> None:
     order = explain(plan_waves([Task(0, (0,), (1,), 5), Task(1, (2,), (3,), 4, after=(0,))]))
     assert (order.bound_bytes, order.size_bytes, order.order_bytes, order.conflict_bytes) == (5, 0, 4, 0)
 
+    # Two waves would do for this path; first fit takes a third.
+    path = [(0, 1), (3, 4), (2, 3), (1, 2)]
+    tasks = [Task(id, (sender,), (receiver,), 2) for id, (sender, receiver) in enumerate(path)]
+    conflicts = explain(plan_waves(tasks, strategy="first_fit"))
+    assert (conflicts.bound_bytes, conflicts.size_bytes, conflicts.wave_bytes, conflicts.order_bytes) == (4, 0, 0, 0)
+    assert conflicts.conflict_bytes == 2
+
+
+def test_waves_that_every_colouring_needs_are_no_conflicts() -> None:
+    # Three tasks that all meet, two a port; 33 actors that all exchange, 64 a port, of which 16 fit beside each other.
     triangle = explain(plan_waves([Task(0, (0,), (1,), 3), Task(1, (1,), (2,), 3), Task(2, (2,), (0,), 3)]))
-    assert (triangle.bound_bytes, triangle.size_bytes, triangle.conflict_bytes) == (6, 0, 3)
+    assert (triangle.bound_bytes, triangle.size_bytes, triangle.wave_bytes) == (6, 0, 3)
+    assert (triangle.order_bytes, triangle.conflict_bytes) == (0, 0)
+
+    pairs = [(a, b) for a in range(33) for b in range(33) if a != b]
+    schedule = plan_waves([Task(id, (a,), (b,), 10) for id, (a, b) in enumerate(pairs)])
+    colocated = explain(schedule)
+    assert len(schedule.waves) == schedule.bound.waves == 66
+    assert (colocated.bound_bytes, colocated.size_bytes, colocated.wave_bytes) == (640, 0, 20)
+    assert (colocated.order_bytes, colocated.conflict_bytes) == (0, 0)
+
+
+def test_waves_that_only_a_chain_needs_are_for_its_order() -> None:
+    # The chain needs two waves beside that of the longest task, of a byte at least. That the two long tasks do not meet
+    # is for the colouring.
+    chain = [Task(0, (0,), (1,), 1), Task(1, (2,), (3,), 1, (0,)), Task(2, (4,), (5,), 3, (1,)), Task(3, (6,), (7,), 5)]
+    told = explain(plan_waves(chain, strategy="first_fit"))
+
+    assert (told.makespan_bytes, told.bound_bytes, told.size_bytes, told.wave_bytes) == (9, 5, 0, 0)
+    assert (told.order_bytes, told.conflict_bytes) == (2, 2)
 
 
 def test_the_table_is_aligned_and_may_be_cut_short() -> None:
@@ -44,7 +72,8 @@ def test_the_table_is_aligned_and_may_be_cut_short() -> None:
     ]
     assert gap == (
         "makespan 1111 bytes: 1111 through the busiest port, "
-        "and 0 more: 0 for tasks of unlike size, 0 for their order, 0 for conflicts"
+        "and 0 more: 0 for tasks of unlike size, 0 for waves that any colouring needs, 0 for their order, "
+        "0 for conflicts"
     )
 
 
@@ -70,7 +99,7 @@ def test_the_parts_add_up_and_none_is_negative(data: st.DataObject) -> None:
 
     told = explain(plan_waves(tasks, strategy=data.draw(st.sampled_from(("auto", "first_fit")))))
 
-    parts = (told.bound_bytes, told.size_bytes, told.order_bytes, told.conflict_bytes)
+    parts = (told.bound_bytes, told.size_bytes, told.wave_bytes, told.order_bytes, told.conflict_bytes)
     assert sum(parts) == told.makespan_bytes
     assert min(parts) >= 0
     assert sum(share.nbytes for share in told.waves) == sum(task.nbytes for task in tasks)

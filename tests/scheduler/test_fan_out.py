@@ -153,6 +153,16 @@ def test_a_relay_is_taken_where_each_receiver_costs_its_sender_a_copy() -> None:
     assert after == pytest.approx(before * 10 / 56, rel=0.05)
 
 
+@pytest.mark.parametrize(("receivers", "chunks"), [(2, 8), (2, 32), (3, 4), (3, 16), (7, 8)])
+def test_a_relay_by_default_is_no_slower_on_waves_planned_by_default(receivers: int, chunks: int) -> None:
+    tasks = stream(chunks, receivers, nbytes=64 << 20)
+    cost = LinkCost(branching=1.0)
+
+    relayed = simulate(plan_waves(fan_out(tasks, cost=cost)), cost, barrier=True).seconds
+
+    assert relayed <= simulate(plan_waves(tasks), cost, barrier=True).seconds
+
+
 def test_tasks_of_one_receiver_or_several_senders_stay() -> None:
     tasks = [Task(0, (0,), (1,), 5), Task(1, (0, 1), (2, 3), 5), Task(2, (4,), (4, 5), 5)]
 

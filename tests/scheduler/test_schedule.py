@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 import pickle
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wavecast.scheduler import STRATEGIES, PortModel, Schedule, ScheduleError, Task, Wave, plan_waves, verify
+from wavecast.scheduler import STRATEGIES, Bound, PortModel, Schedule, ScheduleError, Task, Wave, plan_waves, verify
 
 PORTS: tuple[PortModel, ...] = ("half", "full")
 
@@ -219,3 +220,11 @@ class TestVerify:
     def test_tasks_asked_for_twice_are_named(self) -> None:
         with pytest.raises(ScheduleError, match="task id 0 was asked for twice"):
             verify(self.schedule((self.tasks[0],)), [self.tasks[0], self.tasks[0]])
+
+
+def test_a_schedule_made_by_hand_claims_no_gap() -> None:
+    serial = Schedule((Wave((Task(0, (0,), (1,), 1 << 20),)), Wave((Task(1, (2,), (3,), 1 << 20),))))
+
+    assert math.isnan(serial.gap)
+    assert Schedule((Wave((Task(0, (0,), (1,), 0),)),)).gap == 1.0
+    assert Schedule(serial.waves, Bound(waves=1, nbytes=1 << 20)).gap == 2.0

@@ -172,6 +172,7 @@ class Crew:
             groups=tuple(sorted(many)),
             edges=tuple(sorted(one)),
             seconds=SECONDS,
+            secret=bytes(32),
         )
 
     async def load(self) -> list[Reply]:

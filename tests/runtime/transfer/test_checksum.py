@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wavecast.runtime.transfer.checksum import LANES, combine, fold
+from tests.runtime.transfer.host_device import signed, weighed_sum
+from wavecast.runtime.transfer.checksum import LANES, _weighed_in_parts, combine, fold
 
 ROW = 8 * LANES
 
@@ -100,6 +101,40 @@ def test_slices_of_any_usual_width_exchanged_two_by_two_show(width: int) -> None
     assert total(torch.cat([a, b, gap, b, a])) != total(torch.cat([b, a, gap, a, b]))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("size", [2, 16, 500])
+def test_unequal_slices_in_step_with_the_sums_exchanged_show(rows: int, size: int) -> None:
+    """Whole rows apart, one the other reversed: every row and every column has the lanes, or the sum, that it had."""
+    lanes = random_bytes(8 * ROW).view(torch.int64)
+    a, b = slice(LANES + 100, LANES + 100 + size), slice((1 + rows) * LANES + 100, (1 + rows) * LANES + 100 + size)
+    lanes[b] = lanes[a].flip(0)
+    # Columns keep their sums when slices trade places as they are, rows since both hold the same lanes.
+    swapped = lanes.clone()
+    swapped[a], swapped[b] = lanes[b], lanes[a]
+    before, after = (each.view(-1, LANES) for each in (lanes, swapped))
+    assert torch.equal(before.sum(dim=0), after.sum(dim=0))
+    assert torch.equal(before.sum(dim=1), after.sum(dim=1))
+    assert not torch.equal(before, after)
+    assert total(swapped) != total(lanes)
+    assert weighed_sum(swapped.numpy().tobytes()) != weighed_sum(lanes.numpy().tobytes())
+
+
+@pytest.mark.parametrize("bits", range(64))
+def test_four_lanes_that_keep_all_plain_sums_show_but_for_the_top_bit(bits: int) -> None:
+    """Corners of a rectangle, plus, minus, minus and plus one bit: the limit of what is caught, as ``fold`` says."""
+    lanes = random_bytes(4 * ROW).view(torch.int64)
+    corners = lanes.clone().view(-1, LANES)
+    step = signed(1 << bits)
+    corners[0, 10] += step
+    corners[0, 11] -= step
+    corners[3, 10] -= step
+    corners[3, 11] += step
+    # The weights of these two columns differ by an even number that is no multiple of four.
+    assert (total(corners) == total(lanes)) == (bits == 63)
+    # The kernels' sum has no such case.
+    assert weighed_sum(corners.numpy().tobytes()) != weighed_sum(lanes.numpy().tobytes())
+
+
 #: Tables with little in them: sums by row and column of their own shape say little of what is where.
 TABLES: dict[str, Callable[[int, int], torch.Tensor]] = {
     "ones": torch.ones,
@@ -163,14 +198,9 @@ def test_what_goes_wrong_with_a_structured_table_shows(name: str, shape: tuple[i
 
 def reference(data: bytes) -> int:
     """The sum in Python's own integers."""
-    mask = (1 << 64) - 1
     lanes = [int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8)]
     rows = len(lanes) // LANES
     matrix, rest = [lanes[LANES * row : LANES * (row + 1)] for row in range(rows)], lanes[LANES * rows :]
-    sums = [sum(row[column] for row in matrix) for column in range(LANES)] + rest + [sum(row) for row in matrix]
-
-    def signed(value: int) -> int:
-        return (value & mask) - ((value & mask) >> 63 << 64)
 
     def weight(index: int) -> int:
         mixed = signed((index + 1) * 0x9E3779B97F4A7C15)
@@ -179,6 +209,9 @@ def reference(data: bytes) -> int:
 
         return (mixed ^ (mixed >> 32)) | 1
 
+    within = [weight(4096 + column) for column in range(LANES)]
+    sums = [sum(row[column] for row in matrix) for column in range(LANES)] + rest
+    sums += [sum(lane * each for lane, each in zip(row, within, strict=True)) for row in matrix]
     return signed(sum((signed(value) + (signed(value) >> 31)) * weight(index) for index, value in enumerate(sums)))
 
 
@@ -187,6 +220,13 @@ def test_the_sum_is_a_fixed_function_of_the_bytes(nbytes: int) -> None:
     """Both ends may run other versions of torch, on other devices: the sum is that of this arithmetic."""
     data = random_bytes(nbytes)
     assert total(data) == reference(bytes(data.tolist()))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 256, 700])
+def test_rows_are_weighed_alike_where_torch_has_no_product_of_integers(rows: int) -> None:
+    matrix = random_bytes(rows * ROW).view(torch.int64).view(-1, LANES)
+    weights = random_bytes(ROW, seed=1).view(torch.int64)
+    assert torch.equal(_weighed_in_parts(matrix, weights), matrix @ weights)
 
 
 def test_a_window_of_a_larger_buffer_sums_up_alike() -> None:

@@ -22,6 +22,7 @@ from wavecast.runtime.transfer.comm_torch import (
     host_store,
     join_store,
 )
+from wavecast.runtime.transfer.sealed_store import SealedStore
 
 Groups = tuple[tuple[int, ...], ...]
 Edges = tuple[tuple[int, int], ...]
@@ -51,7 +52,7 @@ def connect_ipc(rank: int, size: int, port: int, groups: Groups, edges: Edges) -
 
 def _rendezvous(rank: int, size: int, port: int, groups: Groups, edges: Edges, store: Store | None) -> Rendezvous:
     return Rendezvous(
-        store or join_store("127.0.0.1", port, seconds=20),
+        SealedStore(store or join_store("127.0.0.1", port, seconds=20), secret=bytes(32)),
         key="test",
         host="127.0.0.1",
         rank=rank,
@@ -217,8 +218,9 @@ def test_a_store_is_reachable_on_its_own_address_only() -> None:
 
 def test_gloo_members_that_never_come_are_given_up_at_the_deadline() -> None:
     store, _ = host_store("127.0.0.1", seconds=1)
+    sealed = SealedStore(store, secret=bytes(32))
     rendezvous = Rendezvous(
-        store, key="test", host="127.0.0.1", rank=0, size=2, groups=(), edges=(), deadline=Deadline(0.5)
+        sealed, key="test", host="127.0.0.1", rank=0, size=2, groups=(), edges=(), deadline=Deadline(0.5)
     )
     with pytest.raises(MoveTimeout, match="connecting gloo"):
         GlooCommunicator(rendezvous)
