@@ -172,7 +172,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--transport", default="auto", choices=("auto", "nccl", "ipc", "gloo"))
     own.add_argument("--budget-bytes", type=int, default=1 << 30)
     own.add_argument("--chunk-bytes", type=int)
-    own.add_argument("--in-flight", type=int, default=2)
+    own.add_argument("--in-flight", type=int)
     own.add_argument("--no-checksum", action="store_true")
     return parser.parse_args(argv)
 

@@ -22,7 +22,7 @@ from wavecast.runtime.group import ParameterSyncGroup
 from wavecast.runtime.model_group import ModelGroup
 from wavecast.runtime.report import SyncReport
 
-__all__ = ("case_facts", "figures", "run_case")
+__all__ = ("case_facts", "figures", "run_case", "started_actors")
 
 #: What bytes that stay on their GPU are allowed to take, by the issue of a bar: 1 TB/s.
 _LOCAL_BYTES_PER_SECOND = 1e12
@@ -106,7 +106,7 @@ async def _syncs(case: Case, *, repeat: int, seconds: float) -> Seen:
     weights again: to make new ones each time would take longer than all else.
     """
     options = case.sync_options()
-    async with _actors(case) as (trainers, engines):
+    async with started_actors(case) as (trainers, engines):
         every = [*trainers, *(actor for replica in engines for actor in replica)]
         receivers = every[len(trainers) :]
         before = await call_all(every, "device_bytes")
@@ -136,21 +136,23 @@ async def _syncs(case: Case, *, repeat: int, seconds: float) -> Seen:
 
 
 @asynccontextmanager
-async def _actors(case: Case) -> AsyncIterator[tuple[list[ActorHandle], list[list[ActorHandle]]]]:
+async def started_actors(
+    case: Case, actor_class: type[DemoActor] = DemoActor
+) -> AsyncIterator[tuple[list[ActorHandle], list[list[ActorHandle]]]]:
     """Start the actors where the case says, each seeing all GPUs; when the block ends they are killed and gone."""
     weights = Weights(seed=0)
     started: list[ActorHandle] = []
     pids: list[object] = []
     try:
         for memory in trainer_memories(case):
-            started.append(start_actor(DemoActor, memory, weights, case.device(len(started))))
+            started.append(start_actor(actor_class, memory, weights, case.device(len(started))))
 
         trainers = list(started)
         engines: list[list[ActorHandle]] = []
         for held in engine_memories(case):
             first = len(started)
             for memory in held:
-                started.append(start_actor(DemoActor, memory, weights, case.device(len(started))))
+                started.append(start_actor(actor_class, memory, weights, case.device(len(started))))
 
             engines.append(started[first:])
 

@@ -116,7 +116,7 @@ def plan(
 @click.option("--seed", default=0, show_default=True, help="Of the weights.")
 @click.option("--address", help="A running Ray cluster's address [default: start one here].")
 @click.option("--budget-bytes", default=1 << 30, show_default=True, help="Extra memory an actor may use for staging.")
-@click.option("--in-flight", default=2, show_default=True, help="Tasks an actor may have been given at a time.")
+@click.option("--in-flight", type=int, help="Tasks an actor may have been given at a time [default: 2, all if pulled].")
 @click.option("--lookahead", type=int, help="Waves a task may run ahead [default: any]; 0 is a barrier after each.")
 @click.option("--deadline", default=300.0, show_default=True, help="Seconds for each sync.")
 @click.option("--checksum/--no-checksum", default=True, show_default=True, help="Compare checksums of both ends.")
@@ -139,7 +139,7 @@ def sync(
     seed: int,
     address: str | None,
     budget_bytes: int,
-    in_flight: int,
+    in_flight: int | None,
     lookahead: int | None,
     deadline: float,
     checksum: bool,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -25,6 +25,7 @@ class CommitPhase:
 
     :ivar began: what the actors said at the begin: actors without a hook are not asked for it
     :ivar voters: actors that must say that they can commit before any of them is told to
+    :ivar closed: actors on which the run is over already: they have committed by themselves
     :ivar committed: what the actors answered so far, by number; stays true when the phase fails
     :ivar started: whether any actor was told to commit
     """
@@ -34,6 +35,7 @@ class CommitPhase:
     began: Sequence[Began]
     dry_run: bool
     voters: Sequence[int] = ()
+    closed: Collection[int] = ()
     committed: dict[int, Committed] = field(default_factory=dict)
     started: bool = False
 
@@ -71,6 +73,7 @@ class CommitPhase:
         refs = {
             actor: self.actors.start(actor, Commit(self.run, version, self.dry_run))
             for actor, version in versions.items()
+            if actor not in self.closed
         }
         failures: list[SyncError] = []
 

@@ -52,8 +52,8 @@ class Connection:
         self.transport = ""
 
     def serves(self, preparation: Preparation) -> bool:
-        """Tell whether all actors have their programs of ``preparation``, and receivers what they pull."""
-        return self._digest == preparation.digest and self._attached.issuperset(preparation.pulls)
+        """Tell whether all actors have their programs of ``preparation``, and receivers what they read of others."""
+        return self._digest == preparation.digest and self._attached.issuperset(_mapped(preparation))
 
     def knows(self, preparation: Preparation, addresses: Sequence[int]) -> bool:
         """Tell whether what is pulled lies where the receivers believe it to be."""
@@ -95,11 +95,11 @@ class Connection:
         self.transport = ""
 
     async def _attach(self, preparation: Preparation, addresses: Sequence[int], run: RunId) -> None:
-        """Let receivers map what they pull, from all senders that have moved since they did."""
+        """Let receivers map what they read of others: what is not mapped yet, and of all that have moved since."""
         now = dict(enumerate(addresses))
         stale = [
             pair
-            for pair in preparation.pulls
+            for pair in _mapped(preparation)
             if pair not in self._attached or now[pair[0]] != self._addresses.get(pair[0])
         ]
         if not stale:
@@ -115,7 +115,7 @@ class Connection:
 
         await self._actors.answers(refs, Done)
         self._addresses.update((sender, now[sender]) for sender in exports)
-        self._attached = self._attached.union(preparation.pulls)
+        self._attached = self._attached.union(_mapped(preparation))
 
     async def _connect(self, preparation: Preparation, transport: str, run: RunId, seconds: float) -> None:
         self._groups = frozenset()
@@ -146,3 +146,10 @@ class Connection:
         self._groups = frozenset(preparation.groups)
         self._edges = frozenset(preparation.edges)
         self.transport = transport
+
+
+def _mapped(preparation: Preparation) -> tuple[tuple[int, int], ...]:
+    """Return who is read by whom: senders by those that pull, and the boards of those that agree by each other."""
+    agreeing = preparation.agreeing
+    both = ((one, other) for one in agreeing for other in agreeing if one != other)
+    return tuple(dict.fromkeys((*preparation.pulls, *both)))

@@ -33,8 +33,10 @@ class Known:
     :ivar layouts: by digest
     :ivar naming: the last layouts under logical names, with what they were made of
     :ivar prepared: the last preparation, with what it was made for
+    :ivar digests: by actor: of the layouts it was made for
     :ivar refused: pairs of sender and receiver of which the receiver could not map the sender's memory
     :ivar paused: some actor has a hook to run before anything moves
+    :ivar hooked: some actor has a hook
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Known:
         self.layouts: dict[str, Layout] = {}
         self.naming: tuple[tuple[object, ...], Naming] | None = None
         self.prepared: tuple[tuple[object, ...], Preparation] | None = None
+        self.digests: tuple[str, ...] = ()
         self.refused: frozenset[tuple[int, int]] = frozenset()
         self.paused = False
+        self.hooked = False
         self._chosen: tuple[object, Carriers] | None = None
 
     def carriers(self, began: Sequence[Began]) -> Carriers:
@@ -120,6 +124,7 @@ class Known:
             abandon_on_cancel=True,
         )
         self.prepared = (key, preparation)
+        self.digests = tuple(reply.digest for reply in began)
         return preparation, True
 
     async def _named(self, began: Sequence[Began], *, from_peer: bool) -> Naming:

@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from wavecast.runtime import errors
 from wavecast.runtime.known import Known
+from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.request import SyncRequest
-from wavecast.runtime.transfer.messages import Began, Begin, RunId, Standing, Status
+from wavecast.runtime.transfer.messages import Began, Begin, CloseRun, RunId, RunStep, Standing, Status
 
-__all__ = ("ask_versions", "begin")
+__all__ = ("HeadStart", "ask_versions", "begin", "head_starts")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStart:
+    """What an actor may do as soon as it has begun. The fields are those of :class:`Begin`."""
+
+    ahead: tuple[RunStep, ...] = ()
+    close: CloseRun | None = None
+
+
+_NONE = HeadStart()
+
+
+def head_starts(
+    known: Known,
+    preparation: Preparation,
+    run: RunId,
+    versions: Mapping[int, int | None] | None,
+    *,
+    seconds: float,
+) -> list[HeadStart]:
+    """
+    Return what each actor may do as soon as it has begun a run that is to do what ``preparation`` says.
+
+    :param versions: what each actor takes on when the receivers end the run among themselves; ``None``: the driver does
+    :param seconds: left until the deadline
+    """
+    found: list[HeadStart] = []
+    for actor, count in enumerate(preparation.ahead):
+        ahead = tuple(RunStep(run, step, preparation.digest, seconds) for step in range(count))
+        close = None
+        if versions is not None:
+            peers = tuple(peer for peer in preparation.agreeing if peer != actor)
+            close = CloseRun(versions[actor], known.digests[actor], peers if actor in preparation.agreeing else ())
+
+        found.append(HeadStart(ahead, close))
+
+    return found
 
 
 async def ask_versions(known: Known) -> None:
@@ -22,13 +62,16 @@ async def ask_versions(known: Known) -> None:
     _observe(known, await known.actors.ask_all(dict.fromkeys(every, Status()), Standing))
 
 
-async def begin(known: Known, run: RunId, version: int | None, request: SyncRequest) -> list[Began]:
+async def begin(
+    known: Known, run: RunId, version: int | None, request: SyncRequest, starts: Sequence[HeadStart] = ()
+) -> list[Began]:
     """
     Let all actors read their shards, and return what each of them says, in their order.
 
     Notes in ``known`` which replicas have which version, and whether hooks come before anything moves.
 
     :param version: that the destinations are about to be brought to
+    :param starts: by actor: what it may do at once; none: nothing
     :raises SyncError: when an actor died or failed, or a source's own weights are torn
     :raises ValidationError: when the sources are to be scanned and hold NaN
     """
@@ -40,12 +83,15 @@ async def begin(known: Known, run: RunId, version: int | None, request: SyncRequ
             scan=request.validate and actor < known.sources,
             version=None if request.from_peer and actor < known.sources else version,
             shadow=in_shadow and actor >= known.sources,
+            ahead=start.ahead,
+            close=start.close,
         )
-        for actor in range(len(known.actors))
+        for actor, start in enumerate(starts or [_NONE] * len(known.actors))
     }
     replies = await known.actors.ask_all(requests, Began)
     _observe(known, {actor: reply.standing for actor, reply in replies.items()})
     known.paused = any("before_sync" in reply.hooks for reply in replies.values())
+    known.hooked = any(reply.hooks for reply in replies.values())
     for actor, reply in replies.items():
         if request.from_peer and actor < known.sources and reply.standing.version != version:
             raise errors.SyncError(

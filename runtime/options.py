@@ -45,7 +45,8 @@ class SyncOptions:
         ``fan_out="auto"`` stays with it; set it to 1 where every receiver costs the sender a copy
     :ivar lookahead: how many waves ahead of the oldest unfinished one a task may start; ``None``: any; 0: a barrier
         after each wave
-    :ivar in_flight: tasks an actor may have been given at a time; it works them off in wave order
+    :ivar in_flight: tasks an actor may have been given at a time; it works them off in wave order. ``None``: 2, and all
+        of them where everything is pulled
     :ivar deadline_seconds: when a sync is given none of its own
     :ivar staging: ``"in_place"``: destinations' weights are written as bytes arrive, a failed sync may leave replicas
         torn; ``"shadow"``: a second copy is written, and copied over them on the device at commit: replicas are whole
@@ -76,7 +77,7 @@ class SyncOptions:
     fan_out: FanOut = "auto"
     link: LinkCost = _LINK
     lookahead: int | None = None
-    in_flight: int = 2
+    in_flight: int | None = None
     deadline_seconds: float = 300.0
     staging: Staging = "in_place"
     task_allowance: float | None = None
@@ -96,7 +97,7 @@ class SyncOptions:
         object.__setattr__(self, "aliases", _alias_sets(self.aliases))
         for name in ("budget_bytes", "chunk_bytes", "lookahead", "in_flight", "retries", "frequency"):
             value = getattr(self, name)
-            optional = name in ("chunk_bytes", "lookahead")
+            optional = name in ("chunk_bytes", "lookahead", "in_flight")
             sound = isinstance(value, int) and not isinstance(value, bool)
             _require(sound or (optional and value is None), name, value, "an integer")
 
@@ -118,7 +119,7 @@ class SyncOptions:
         _require(self.fan_out in get_args(FanOut), "fan_out", self.fan_out, "auto, broadcast, chain or tree")
         _require(isinstance(self.link, LinkCost), "link", self.link, "a LinkCost")
         _require(self.lookahead is None or self.lookahead >= 0, "lookahead", self.lookahead, "None, 0 or more")
-        _require(self.in_flight >= 1, "in_flight", self.in_flight, "at least 1")
+        _require(self.in_flight is None or self.in_flight >= 1, "in_flight", self.in_flight, "None, 1 or more")
         _require(
             _is_number(self.deadline_seconds) and 0 < self.deadline_seconds <= _MOST_SECONDS,
             "deadline_seconds",

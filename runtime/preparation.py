@@ -21,11 +21,16 @@ from wavecast.runtime.plan.tasks import task_routes
 from wavecast.runtime.plan.timetable import make_timetable
 from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
 from wavecast.scheduler import Schedule
+from wavecast.scheduler.release import ReleaseState
 
 __all__ = ("Only", "Preparation", "prepare", "select_names")
 
 #: Which logical tensors to sync: a set of names, a predicate over names, or those in training; ``None`` for all.
 Only = Collection[str] | Callable[[str], bool] | Literal["trainable"] | None
+
+
+#: One task's bytes travel while those of the next are packed.
+_STAGED_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,10 @@ class Preparation:
     :ivar groups: sorted actor sets of three or more that broadcast among themselves, in schedule order
     :ivar edges: sender and receiver of one-to-one tasks whose bytes a communicator moves, in schedule order
     :ivar pulls: sender and receiver of tasks that the receiver pulls, in schedule order
+    :ivar in_flight: tasks an actor is given at a time
+    :ivar ahead: by actor: how many of its first steps may start with the run, before a task has finished
+    :ivar agreeing: the receivers, when all is pulled, all steps start with the run and the destinations' actors can
+        read each other's memory: they can end the run among themselves; else nothing
     :ivar pulled_nbytes: bytes that are pulled, of ``plan.nbytes``
     :ivar tensors: how many logical tensors are sent
     :ivar left_out: tensors of the destinations of which nothing is sent, in their order: not selected, or without a
@@ -61,6 +70,9 @@ class Preparation:
     groups: tuple[tuple[int, ...], ...]
     edges: tuple[tuple[int, int], ...]
     pulls: tuple[tuple[int, int], ...]
+    in_flight: int
+    ahead: tuple[int, ...]
+    agreeing: tuple[int, ...]
     pulled_nbytes: int
     tensors: int
     left_out: tuple[str, ...]
@@ -144,6 +156,10 @@ def prepare(
     many = [tuple(sorted(task.members)) for task in in_order if len(task.receivers) > 1]
     ids = frozenset(task.id for task in fetched)
     moved = [task for task in in_order if len(task.receivers) == 1 and task.id not in ids]
+    longest = max((len(program.steps) for program in programs), default=1)
+    in_flight = options.in_flight or (_STAGED_IN_FLIGHT if moved or many else max(longest, 1))
+    ahead = _count_ahead(driven, options.lookahead, in_flight, step_of)
+    receivers = tuple(range(len(sources), len(programs)))
     return Preparation(
         plan=plan,
         schedule=schedule,
@@ -156,12 +172,39 @@ def prepare(
         carriers=carriers,
         edges=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in moved)),
         pulls=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in fetched)),
+        in_flight=in_flight,
+        ahead=ahead,
+        agreeing=() if moved or many else _agreeing(receivers, programs, ahead, carriers),
         pulled_nbytes=sum(task.nbytes for task in fetched),
         tensors=len(sent),
         left_out=tuple(name for name in wanted if name not in sent),
         reshard_seconds=resharded - start,
         schedule_seconds=time.perf_counter() - resharded,
     )
+
+
+def _count_ahead(
+    schedule: Schedule, lookahead: int | None, in_flight: int, step_of: Sequence[Mapping[int, int]]
+) -> tuple[int, ...]:
+    """Return how many steps of each actor the executor asks for before anything has finished."""
+    counts = [0] * len(step_of)
+    if schedule.tasks:
+        tasks = schedule.tasks
+        for position in ReleaseState(schedule.order, lookahead=lookahead, in_flight=in_flight).start():
+            for member in tasks[position].members:
+                counts[member] += 1
+
+    return tuple(counts)
+
+
+def _agreeing(
+    receivers: tuple[int, ...], programs: Sequence[Program], ahead: Sequence[int], carriers: Carriers
+) -> tuple[int, ...]:
+    """Return ``receivers`` when they can end a run among themselves; one that waited for a step could never agree."""
+    at_once = all(count == len(program.steps) for count, program in zip(ahead, programs, strict=True))
+    busy = all(any(step.sender != actor for step in programs[actor].steps) for actor in receivers)
+    mapped = all((one, other) in carriers.pulls for one in receivers for other in receivers if one != other)
+    return receivers if at_once and busy and mapped else ()
 
 
 def _require_delivery(plan: ReshardPlan, replicas: Sequence[range]) -> None:

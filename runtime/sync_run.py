@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
 
 import anyio
@@ -15,7 +15,7 @@ from wavecast.runtime.cluster import Answer
 from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.integrity import compare_checksums, validate
 from wavecast.runtime.known import Known
-from wavecast.runtime.opening import ask_versions, begin
+from wavecast.runtime.opening import HeadStart, ask_versions, begin, head_starts
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.report import HookSeconds, SyncReport
@@ -79,6 +79,7 @@ class SyncRun:
         self._owing: tuple[int, ...] = ()
         self._aborting: asyncio.Future[None] | None = None
         self._finished: dict[int, Finished] = {}
+        self._closed: set[int] = set()
         self._preparation: Preparation | None = None
         self._commit: CommitPhase | None = None
 
@@ -129,7 +130,7 @@ class SyncRun:
         # In place the bytes are there already: who has them all may as well say so.
         in_shadow = self._options.staging == "shadow"
         voters = range(self._sources, len(self._actors)) if in_shadow else ()
-        self._commit = CommitPhase(self._actors, self._name, moved.began, self.request.dry_run, voters)
+        self._commit = CommitPhase(self._actors, self._name, moved.began, self.request.dry_run, voters, self._closed)
         return await self._commit.go_through(self._versions_to_commit())
 
     def _expected(self) -> Preparation | None:
@@ -179,6 +180,7 @@ class SyncRun:
         self._name = RunId(self._name.group, time.time_ns())
         self._aborting = None
         self._finished = {}
+        self._closed = set()
         return None
 
     async def _begin_and_transfer(
@@ -189,6 +191,8 @@ class SyncRun:
 
         :raises SyncError: the failure of a begin: it tells more than a step's
         """
+        closing = self._versions_to_commit() if self._may_close(preparation) else None
+        starts = head_starts(self._known, preparation, self._name, closing, seconds=self._seconds_left)
         began: list[Began] = []
         refusals: list[errors.SyncError] = []
         failures: list[errors.SyncError] = []
@@ -196,7 +200,7 @@ class SyncRun:
 
         async def begin_all() -> None:
             try:
-                began.extend(await self._begin())
+                began.extend(await self._begin(starts))
             except errors.SyncError as error:
                 # One that was given up because a step had failed has nothing to tell.
                 (failures if isinstance(error, errors.SyncAborted) else refusals).append(error)
@@ -221,7 +225,18 @@ class SyncRun:
         if refusals:
             raise refusals[0]
 
+        if closing is not None and outcome is not None:
+            # Who has nothing to do has no step whose answer could tell.
+            self._closed.update(actor for actor, program in enumerate(preparation.programs) if not program.steps)
+
         return began, outcome, failures[0] if failures else None
+
+    def _may_close(self, preparation: Preparation) -> bool:
+        """Tell whether the actors may end the run among themselves: nothing of the user's comes before that."""
+        if self.request.from_peer or self._known.hooked or self._options.staging != "in_place":
+            return False
+
+        return bool(preparation.agreeing) and not (self._options.release_communicators and self._connection.transport)
 
     def _fits(self, began: list[Began], preparation: Preparation) -> bool:
         """Tell whether the actors are as they were when ``preparation`` was made, where they were, and not ahead."""
@@ -252,7 +267,7 @@ class SyncRun:
             return
 
         commit = self._commit
-        committed = commit.committed.keys() if commit is not None else ()
+        committed = self._closed.union(commit.committed if commit is not None else ())
         flipping = commit is not None and commit.started
         for index, replica in enumerate(self._known.replicas):
             if all(actor in committed for actor in replica):
@@ -354,8 +369,8 @@ class SyncRun:
 
         return began
 
-    async def _begin(self) -> list[Began]:
-        return await begin(self._known, self._name, self.version, self.request)
+    async def _begin(self, starts: Sequence[HeadStart] = ()) -> list[Began]:
+        return await begin(self._known, self._name, self.version, self.request, starts)
 
     async def _transfer(self, preparation: Preparation) -> RunReport:
         # A plain function: calls must reach each actor in the order of the dispatches, however tasks are started.
@@ -376,6 +391,9 @@ class SyncRun:
                 if reply.finished is not None:
                     self._finished[member] = reply.finished
 
+                if reply.closed:
+                    self._closed.add(member)
+
             return replies
 
         async def abort(tasks: tuple[Task, ...]) -> None:
@@ -387,7 +405,7 @@ class SyncRun:
         allowed = None
         if options.task_allowance is not None:
             # A task may have to wait at an actor for those it was given before.
-            allowed = options.link.allow(factor=options.task_allowance * options.in_flight)
+            allowed = options.link.allow(factor=options.task_allowance * preparation.in_flight)
 
         try:
             return await run(
@@ -396,7 +414,7 @@ class SyncRun:
                 lookahead=options.lookahead,
                 deadline=self._seconds_left,
                 abort=abort,
-                in_flight=options.in_flight,
+                in_flight=preparation.in_flight,
                 abort_seconds=_ABORT_SECONDS + _PRECEDENCE_SECONDS,
                 on_receipt=self.request.progress,
                 task_seconds=allowed,

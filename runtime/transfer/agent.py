@@ -26,6 +26,7 @@ from wavecast.runtime.transfer.messages import (
     Began,
     Begin,
     Close,
+    CloseRun,
     Commit,
     Committed,
     Compare,
@@ -358,6 +359,10 @@ class Agent:
 
             own.run = run
             own.ring(run)
+            if request.close is not None:
+                self._let_close(own, run, request.close, before)
+
+            own.start_ahead(request.ahead)
             early, self._early = self._early, []
 
         for waiting, future in early:
@@ -375,6 +380,27 @@ class Agent:
             hook_seconds=hook_seconds,
             shadow_bytes=self._shadow.nbytes if self._shadow is not None and request.shadow else 0,
         )
+
+    def _let_close(self, session: Session, run: Run, close: CloseRun, before: Standing) -> None:
+        """
+        Let the run end by itself on this actor; at once where it has nothing to do in it.
+
+        Not where the driver would have refused to commit, had it known what this actor says at its begin.
+        """
+        backwards = close.version is not None and before.version is not None and before.version > close.version
+        if backwards or close.layout != self._digest or (close.version is None and before.torn):
+            session.refuse_to_close(run)
+            return
+
+        def end() -> None:
+            commit = Commit(run.name, close.version)
+            self._commit(session, commit)
+            self._hooks.after(commit)
+
+        run.peers = close.peers
+        run.close = end
+        if session.is_idle:
+            end()
 
     def _locate(self, host: Host, device: torch.device) -> Place:
         """Return where the shards are; an actor never leaves its node, so only its device may change."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from wavecast.runtime.errors import TransportUnavailable
 
-__all__ = ("Exporter", "CopyBatch", "make_current", "open_memory", "close_memory", "read_async")
+__all__ = ("Exporter", "CopyBatch", "allocation_of", "make_current", "open_memory", "close_memory", "read_async")
 
 _HANDLE_NBYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -64,19 +64,20 @@ class Exporter:
             start, _, number = self._ranges[found]
             return number, address - start
 
-        first, size = ctypes.c_uint64(), ctypes.c_size_t()
-        _check(
-            _cuda().cuMemGetAddressRange_v2(ctypes.byref(first), ctypes.byref(size), ctypes.c_uint64(address)),
-            "cuMemGetAddressRange",
-        )
+        first, nbytes = _range_of(address)
         handle = _Handle()
-        _check(_cuda().cuIpcGetMemHandle(ctypes.byref(handle), first), "cuIpcGetMemHandle")
+        _check(_cuda().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(first)), "cuIpcGetMemHandle")
         number = len(self.handles)
         self.handles.append(ctypes.string_at(ctypes.byref(handle), _HANDLE_NBYTES))
-        place = bisect.bisect_right(self._starts, first.value)
-        self._starts.insert(place, first.value)
-        self._ranges.insert(place, (first.value, first.value + size.value, number))
-        return number, address - first.value
+        place = bisect.bisect_right(self._starts, first)
+        self._starts.insert(place, first)
+        self._ranges.insert(place, (first, first + nbytes, number))
+        return number, address - first
+
+
+def allocation_of(address: int) -> int:
+    """Return where the allocation starts that holds ``address``; 0 for no address, as an empty tensor has."""
+    return _range_of(address)[0] if address else 0
 
 
 def open_memory(handle: bytes) -> int:
@@ -164,6 +165,16 @@ class CopyBatch:
                 ),
                 "cuMemcpyDtoDAsync",
             )
+
+
+def _range_of(address: int) -> tuple[int, int]:
+    """Return where an allocation starts, and its bytes."""
+    first, size = ctypes.c_uint64(), ctypes.c_size_t()
+    _check(
+        _cuda().cuMemGetAddressRange_v2(ctypes.byref(first), ctypes.byref(size), ctypes.c_uint64(address)),
+        "cuMemGetAddressRange",
+    )
+    return first.value, size.value
 
 
 @functools.cache

@@ -29,10 +29,16 @@ class Tally:
     The sums of a run's steps, on the device.
 
     :param steps: how many
+    :param place: where they are kept, int64, for others to see; cleared here. ``None``: in memory of their own
     """
 
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self._totals = torch.zeros(max(steps, 1), dtype=torch.int64, device=device)
+    def __init__(self, steps: int, device: torch.device, place: torch.Tensor | None = None) -> None:
+        if place is None:
+            place = torch.zeros(max(steps, 1), dtype=torch.int64, device=device)
+        else:
+            place.fill_(0)
+
+        self._totals = place
         self._ready = torch.cuda.Event()
         self._ready.record(torch.cuda.current_stream(device))
 

@@ -17,6 +17,7 @@ __all__ = (
     "Request",
     "Status",
     "Begin",
+    "CloseRun",
     "Describe",
     "HostStore",
     "Connect",
@@ -91,6 +92,9 @@ class Begin:
     :ivar version: the version on its way; ``None`` at an actor that only lends its weights to another replica, whose
         hooks are left alone
     :ivar shadow: write to a second copy of the shards, which the commit copies over them
+    :ivar ahead: the steps that the driver asks for at once: they start with the run, and their calls collect what came
+        of them
+    :ivar close: how the run ends without a further call, when all went well; ``None``: the driver commits it
     """
 
     run: RunId
@@ -98,6 +102,23 @@ class Begin:
     scan: bool = False
     version: int | None = None
     shadow: bool = False
+    ahead: tuple[RunStep, ...] = ()
+    close: CloseRun | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CloseRun:
+    """
+    Ends a run on an actor by itself, once its steps are through and, where it receives, its sums are its senders'.
+
+    :ivar version: as :attr:`Commit.version`; ``None`` at a source
+    :ivar layout: digest of the layout the run was planned for
+    :ivar peers: the actors that must have found the same before it does
+    """
+
+    version: int | None
+    layout: str
+    peers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,17 +350,18 @@ class Began:
 @dataclass(frozen=True, slots=True)
 class Addresses:
     """
-    Where a sender's cuts lie, for other processes of its node.
+    Where an actor's cuts lie that others pull, and its board, for other processes of its node.
 
     :ivar handles: of its allocations
     :ivar steps: by task id: for each cut the number of its handle, its offset there and its strides, as int64 bytes
-    :ivar bell: the number of a handle and the offset there of an int64: the serial of the latest run in which the
-        sender's weights are at rest
+    :ivar board: the number of a handle and the offset there of its :class:`~wavecast.runtime.transfer.board.Board`
+    :ivar places: by task id: the step's position in the actor's program, and so its sum's on the board
     """
 
     handles: tuple[bytes, ...]
     steps: dict[int, bytes]
-    bell: tuple[int, int]
+    board: tuple[int, int]
+    places: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,9 +429,11 @@ class StepDone:
     The step's bytes have left, or arrived.
 
     :ivar finished: with the last step of the actor's program, once everything is in place
+    :ivar closed: the run is over on this actor, as :attr:`Begin.close` said
     """
 
     finished: Finished | None = None
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from wavecast.runtime.errors import SyncError
 from wavecast.runtime.layout.dtypes import itemsize
-from wavecast.runtime.transfer.comm import Deadline, MoveTimeout
+from wavecast.runtime.transfer.board import Board, Boards
 from wavecast.runtime.transfer.cuda_memory import (
     CopyBatch,
     Exporter,
+    allocation_of,
     close_memory,
     make_current,
     open_memory,
-    read_async,
 )
 from wavecast.runtime.transfer.memory import Memory, strided
 from wavecast.runtime.transfer.messages import Addresses
@@ -59,11 +61,10 @@ def why_not_shared(memory: Memory) -> str:
     return ""
 
 
-def export_addresses(program: Program, memory: Memory, bell: torch.Tensor) -> Addresses:
+def export_addresses(program: Program, memory: Memory, board: Board) -> Addresses:
     """
-    Return where the cuts lie that others pull from this actor.
+    Return where the cuts lie that others pull from this actor, and its board.
 
-    :param bell: see :class:`Addresses`
     :raises TransportUnavailable: when the memory cannot be shared
     """
     make_current(_index(memory.device))
@@ -78,19 +79,22 @@ def export_addresses(program: Program, memory: Memory, bell: torch.Tensor) -> Ad
 
             steps[step.task] = numbers.tobytes()
 
-    rung = exporter.locate(bell.data_ptr())
-    return Addresses(tuple(exporter.handles), steps, rung)
+    places = {step.task: place for place, step in enumerate(program.steps)}
+    located = exporter.locate(board.page.data_ptr())
+    return Addresses(tuple(exporter.handles), steps, located, places)
 
 
 class Puller:
     """
     One actor's part in the steps that are pulled: it copies what it receives, and sums up both ends.
 
-    All launches come from the transfer's thread. Copies run in order on one pair of streams, sums on another: sums of
-    what has arrived are worked out while the next bytes travel.
+    All launches come from the transfer's thread. What copy engines fetch, what a kernel fetches, what is copied within
+    the GPU and what is summed up have a stream each: none waits for another but sums for what they sum up, so that a
+    link, the memory and the sums are at work at once.
 
     :param device: the actor's GPU
     :ivar sums: the stream on which both ends are summed up
+    :ivar boards: of the senders, and of others that this actor agrees with
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -98,15 +102,14 @@ class Puller:
         make_current(_index(device))
         self._engine = torch.cuda.Stream(device)
         self._walk = torch.cuda.Stream(device)
+        self._near = torch.cuda.Stream(device)
         self.sums = torch.cuda.Stream(device)
         self._opened: dict[int, tuple[bytes, ...]] = {}
         self._bases: dict[int, tuple[int, ...]] = {}
         self._remote: dict[int, bytes] = {}
         self._crowded = False
-        self._bells: dict[int, int] = {}
-        self._heard: dict[int, int] = {}
-        self._listen = torch.cuda.Stream(device)
-        self._rung = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        self._pulls_far = False
+        self.boards = Boards(device)
         self._memory: Memory | None = None
         self._receiving: dict[int, tuple[_Part, ...]] = {}
         self._sending: dict[int, tuple[Table, ...]] = {}
@@ -121,6 +124,7 @@ class Puller:
         :raises TransportUnavailable: when a sender's memory cannot be mapped here
         """
         make_current(_index(self.device))
+        self.boards.detach(found)
         for sender, addresses in found.items():
             before = self._opened.pop(sender, ())
             opened: list[bytes] = []
@@ -135,9 +139,8 @@ class Puller:
                     close_memory(handle)
 
             self._bases[sender] = tuple(bases)
-            number, offset = addresses.bell
-            self._bells[sender] = bases[number] + offset
-            self._heard.pop(sender, None)
+            number, offset = addresses.board
+            self.boards.attach(sender, bases[number] + offset, addresses.places)
             self._remote.update(addresses.steps)
 
         self._receiving = {}
@@ -152,7 +155,7 @@ class Puller:
             self._sending = {}
 
         if ready is not None:
-            for stream in (self._engine, self._walk, self.sums):
+            for stream in self._streams:
                 stream.wait_event(ready)
 
     def prepare(self, program: Program) -> None:
@@ -166,25 +169,11 @@ class Puller:
     def take_on(self, program: Program) -> None:
         """Drop what was worked out for another program."""
         self._crowded = any(step.near for step in program.steps)
+        self._pulls_far = any(step.pull and not step.near and step.sender != program.actor for step in program.steps)
         self._receiving = {}
         self._sending = {}
         self._twins = {}
         self._twin_of = {}
-
-    def wait_for(self, sender: int, serial: int, deadline: Deadline, check: Callable[[], None]) -> None:
-        """
-        Block until ``sender`` has begun run ``serial`` and its weights are at rest.
-
-        :param check: raises once the run was given up
-        :raises MoveTimeout: when the deadline passed first
-        """
-        while self._heard.get(sender) != serial:
-            read_async(self._rung.data_ptr(), self._bells[sender], 8, self._listen.cuda_stream)
-            self._listen.synchronize()
-            self._heard[sender] = int(self._rung)
-            check()
-            if self._heard[sender] != serial and deadline.passed:
-                raise MoveTimeout(f"actor {sender} had not begun the run by the deadline")
 
     def send(self, step: Step, total: torch.Tensor | None) -> None:
         """Queue the sum of what others pull in ``step``; it is added to ``total``."""
@@ -204,62 +193,73 @@ class Puller:
                 for table in self._sums_of(step):
                     sum_source(table, total, hurry=self._crowded)
 
-    def receive(self, step: Step, total: torch.Tensor | None) -> torch.cuda.Event:
+    def receive(self, step: Step, total: torch.Tensor | None) -> tuple[torch.cuda.Event, ...]:
         """
-        Queue the copies of ``step``, and the sums of what they wrote; return the event after the last copy.
+        Queue the copies of ``step``, and the sums of what they wrote; return the events after the last copies.
 
-        Only called once :meth:`wait_for` has returned for the sender.
+        Only called once the sender has posted that it has begun.
         """
-        copied = torch.cuda.Event()
+        copied: dict[torch.cuda.Stream, torch.cuda.Event] = {}
         for part in self._parts_of(step):
             if part.batch is not None:
                 part.batch.start(self._engine.cuda_stream)
+                copied[self._engine] = torch.cuda.Event()
 
             if part.copies:
-                with torch.cuda.stream(self._walk):
+                stream = self._near if step.near else self._walk
+                with torch.cuda.stream(stream):
                     for table in part.copies:
-                        copy_table(table, near=step.near)
+                        copy_table(table, near=step.near and not self._pulls_far)
 
-            # Either stream waits for the other: parts, and steps, do not run into each other.
-            self._engine.wait_stream(self._walk)
-            copied.record(self._engine)
-            self._walk.wait_event(copied)
+                copied[stream] = torch.cuda.Event()
+
+            for stream, event in copied.items():
+                event.record(stream)
+                if total is not None:
+                    self.sums.wait_event(event)
+
             if total is not None:
-                self.sums.wait_event(copied)
                 with torch.cuda.stream(self.sums):
                     for table in part.sums:
                         sum_source(table, total, hurry=self._crowded)
 
-        return copied
+        return tuple(copied.values())
 
     def finished(self) -> torch.cuda.Event:
         """Return the event after all that was queued."""
         event = torch.cuda.Event()
-        self.sums.wait_stream(self._engine)
-        self.sums.wait_stream(self._walk)
+        for stream in self._streams:
+            if stream is not self.sums:
+                self.sums.wait_stream(stream)
+
         event.record(self.sums)
         return event
 
     def join(self, stream: torch.cuda.Stream) -> None:
         """Let ``stream`` come after all that was queued here, and what is queued next here after ``stream``."""
         stream.wait_event(self.finished())
-        for own in (self._engine, self._walk, self.sums):
+        for own in self._streams:
             own.wait_stream(stream)
 
     def synchronize(self) -> None:
         """Block until the device is through with all that was queued: copies always come to their end."""
-        for stream in (self._engine, self._walk, self.sums):
+        for stream in self._streams:
             stream.synchronize()
 
     def close(self) -> None:
         """Unmap everything."""
         make_current(_index(self.device))
         self.synchronize()
+        self.boards.detach(self._opened)
         opened, self._opened = self._opened, {}
         self._receiving = {}
         for handles in opened.values():
             for handle in handles:
                 close_memory(handle)
+
+    @property
+    def _streams(self) -> tuple[torch.cuda.Stream, ...]:
+        return self._engine, self._walk, self._near, self.sums
 
     def _sums_of(self, step: Step) -> tuple[Table, ...]:
         found = self._sending.get(step.task)
@@ -284,6 +284,10 @@ class Puller:
     def _make_parts(self, step: Step) -> Iterable[_Part]:
         counted, others = self._pulled(step)
         near = step.near
+        if not near:
+            # Copy engines first: they need no multiprocessor, which senders on their GPUs are summing up with by then.
+            counted.sort(key=lambda segment: segment.nbytes < _ENGINE_NBYTES)
+
         for segments in _fill(others):
             yield self._part(segments, counted=False, near=near)
 
@@ -295,9 +299,11 @@ class Puller:
         Return the segments from the sender's memory to this actor's views.
 
         A cut held in several views is pulled to each of them, and summed up in the last, which is in the first list.
+        Tensors that follow each other at both ends are one segment, for as long as both ends are in one allocation: a
+        copy across two of them is refused by the driver.
         """
         memory = self._held()
-        counted: list[Segment] = []
+        counted: list[tuple[tuple[int, int], Segment]] = []
         others: list[Segment] = []
         numbers = array("q")
         numbers.frombytes(self._remote[step.task])
@@ -305,15 +311,24 @@ class Puller:
         at = 0
         for cut, wire in _on_wire(step.cuts):
             dims = len(cut.extent)
-            source = Strided(bases[numbers[at]] + numbers[at + 1], tuple(numbers[at + 2 : at + 2 + dims]))
+            handle = numbers[at]
+            source = Strided(bases[handle] + numbers[at + 1], tuple(numbers[at + 2 : at + 2 + dims]))
             at += 2 + dims
             *more, last = memory.targets(cut)
             for view in more:
                 others.extend(pair_segments(cut.extent, itemsize(cut.dtype), source, strided(view), wire=wire))
 
-            counted.extend(pair_segments(cut.extent, itemsize(cut.dtype), source, strided(last), wire=wire))
+            target = strided(last)
+            within = handle, allocation_of(target.address)
+            found = pair_segments(cut.extent, itemsize(cut.dtype), source, target, wire=wire)
+            counted.extend((within, segment) for segment in found)
 
-        return counted, others
+        joined = [
+            segment
+            for _, group in itertools.groupby(counted, key=operator.itemgetter(0))
+            for segment in join_segments(segment for _, segment in group)
+        ]
+        return joined, others
 
     def _part(self, segments: list[Segment], *, counted: bool, near: bool) -> _Part:
         # Within one GPU a kernel copies at memory's speed, several times what an engine does.

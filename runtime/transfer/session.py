@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 
 import torch
 
 from wavecast.runtime import errors
+from wavecast.runtime.transfer.agreement import Ending, agree
+from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Board
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence
 from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
 from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
@@ -44,6 +46,8 @@ class Run:
     One sync, as one actor sees it.
 
     :ivar host_seconds: what this actor's threads spent on it, waits left out
+    :ivar peers: the actors that must have found their weights in place for the run to close by itself
+    :ivar close: ends the run on this actor; ``None`` when the driver does
     """
 
     def __init__(self, name: RunId, actor: int, memory: Memory) -> None:
@@ -52,6 +56,8 @@ class Run:
         self.memory = memory
         self.next_step = 0
         self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
+        self.peers: tuple[int, ...] = ()
+        self.close: Callable[[], object] | None = None
         self.given_up = ""
         self.copier: Copier | None = None
         self.tally: Tally | None = None
@@ -99,11 +105,17 @@ class Session:
         self._staging: Staging | None = None
         self._puller: Puller | None = None
         self._tables: Tables | None = None
-        self._bell: torch.Tensor | None = None
+        self._board: Board | None = None
         self._exported: Memory | None = None
         self._stores: dict[str, torch.distributed.Store] = {}
+        self._started: dict[tuple[RunId, int], Future[Reply]] = {}
         self._epoch = 0
         self._ended: tuple[RunId | None, str] = (None, "")
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the program has nothing to do for this actor."""
+        return self._program is not None and not self._program.steps
 
     def current(self, name: RunId) -> Run:
         """
@@ -119,12 +131,27 @@ class Session:
         run.check()
         return run
 
+    def start_ahead(self, requests: Sequence[RunStep]) -> None:
+        """Start steps whose own calls are on their way."""
+        # Kept beyond the end of the run, which may come before the calls.
+        self._started = {}
+        for request in requests:
+            self._started[request.run, request.step] = self.enqueue(request)
+
     def enqueue(self, request: RunStep) -> Future[Reply]:
-        """Hand the step to the lane as soon as all steps before it have been handed over."""
+        """
+        Hand the step to the lane as soon as all steps before it have been handed over.
+
+        Of one that was started ahead this is what became of it.
+        """
         future: Future[Reply] = Future()
         # A caller on an event loop that stops waiting must not cancel what is yet to be answered.
         future.set_running_or_notify_cancel()
         with self._lock:
+            started_ahead = self._started.pop((request.run, request.step), None)
+            if started_ahead is not None:
+                return started_ahead
+
             run = self.current(request.run)
             if request.step < run.next_step or request.step in run.waiting:
                 raise errors.SyncError(f"step {request.step} of the run was asked for twice")
@@ -220,11 +247,12 @@ class Session:
 
     def export(self, name: RunId) -> Addresses:
         """Say where the cuts lie that others pull from this actor, and let them. On the lane."""
-        run = self.current(name)
-        if self._bell is None:
-            self._bell = torch.zeros(1, dtype=torch.int64, device=run.memory.device)
+        run, program = self.current(name), self._loaded()
+        steps = len(program.steps)
+        if self._board is None or not self._board.has_room(steps):
+            self._board = Board(steps, run.memory.device)
 
-        addresses = export_addresses(self._loaded(), self.memory_of(run), self._bell)
+        addresses = export_addresses(program, self.memory_of(run), self._board)
         self._exported = run.memory
         self.ring(run)
         return addresses
@@ -235,13 +263,19 @@ class Session:
 
         Nothing rings for memory that is not, or no longer, where the others believe it to be.
         """
-        if self._bell is None or run.memory is not self._exported:
+        if self._board is None or run.memory is not self._exported:
             return
 
         if run.ready is not None:
             torch.cuda.current_stream(run.memory.device).wait_event(run.ready)
 
-        self._bell.fill_(run.name.serial)
+        self._board.post(BEGUN, run.name.serial)
+
+    def refuse_to_close(self, run: Run) -> None:
+        """Let nobody end ``run`` before the driver does: no peer that waits for this actor is left waiting."""
+        if self._board is not None:
+            self._board.post(SUMMED, -run.name.serial)
+            self._board.post(AGREED, -run.name.serial)
 
     def attach(self, name: RunId, found: Mapping[int, Addresses]) -> None:
         """Map what this actor pulls from, and work out all that is pulled. On the lane."""
@@ -356,7 +390,8 @@ class Session:
 
         if step.pull and run.actor != step.sender:
             waited = time.perf_counter()
-            self._pulling(run.memory).wait_for(step.sender, run.name.serial, deadline, run.check)
+            boards = self._pulling(run.memory).boards
+            boards.wait(step.sender, BEGUN, run.name.serial, deadline, run.check)
             started += time.perf_counter() - waited
 
         fences = self._pull(run, step, request.step) if step.pull else self._move(run, step, request.step, deadline)
@@ -375,10 +410,14 @@ class Session:
             if self._tables is None or self._tables.memory is not memory:
                 self._tables = Tables(memory)
 
-            run.tally = Tally(len(program.steps), memory.device) if program.checksum else None
+            run.tally = self._tally(len(program.steps), memory.device) if program.checksum else None
             run.copier = FusedCopier(self._tables, run.tally)
         else:
             run.copier = TensorCopier(memory, checksum=program.checksum)
+
+    def _tally(self, steps: int, device: torch.device) -> Tally:
+        board = self._board
+        return Tally(steps, device, board.sums if board is not None and board.has_room(steps) else None)
 
     def _pull(self, run: Run, step: Step, index: int) -> Sequence[Fence]:
         puller = self._pulling(run.memory)
@@ -387,7 +426,7 @@ class Session:
             puller.send(step, total)
             return ()
 
-        return (CudaFence(puller.receive(step, total), lambda: bool(run.given_up)),)
+        return [CudaFence(event, lambda: bool(run.given_up)) for event in puller.receive(step, total)]
 
     def _move(self, run: Run, step: Step, index: int, deadline: Deadline) -> Sequence[Fence]:
         staging, copier = self._staging, run.copier
@@ -425,11 +464,20 @@ class Session:
 
         def arrive(fences: Sequence[Fence]) -> Reply:
             deadline = Deadline(request.seconds)
+            last = request.step + 1 == len(self._loaded().steps)
+            if last:
+                # While the device is at work: this takes a while. What was read or written at another place than the
+                # user's tensor shows in what is left to look at in the end.
+                run.memory.require_still()
+
             for fence in fences:
                 fence.wait(deadline)
 
-            last = request.step + 1 == len(self._loaded().steps)
-            return StepDone(self._finish(run, deadline) if last else None)
+            if not last:
+                return StepDone()
+
+            finished = self._finish(run, deadline)
+            return StepDone(finished, closed=self._close_run(run, finished, deadline))
 
         def queued(done: Future[Sequence[Fence]]) -> None:
             error = done.exception()
@@ -443,8 +491,7 @@ class Session:
     def _finish(self, run: Run, deadline: Deadline) -> Finished:
         """Wait until all that was written is in place; return the sums of the run's steps."""
         program, staging, puller = self._loaded(), self._staging, self._puller
-        # Looked at while the device is still at work. What was read or written then was not the user's tensor any more.
-        run.memory.require_still()
+        run.memory.require_in_place()
         if staging is not None:
             staging.finish(deadline)
 
@@ -457,6 +504,18 @@ class Session:
         sums = copier.sums(len(program.steps)) if copier is not None and program.checksum else []
         run.host_seconds += time.perf_counter() - started
         return Finished(tuple(sums), staging.nbytes if staging is not None else 0, run.host_seconds)
+
+    def _close_run(self, run: Run, finished: Finished, deadline: Deadline) -> bool:
+        """End the run on this actor, if it may do so by itself and all agree; return whether it has ended."""
+        if run.close is None or self._board is None or self._puller is None:
+            return False
+
+        ending = Ending(run.name.serial, run.actor, run.peers, deadline, run.check)
+        if not agree(ending, self._loaded(), finished.checksums, self._board, self._puller):
+            return False
+
+        run.close()
+        return True
 
 
 def _come_to_rest(puller: Puller | None, staging: Staging | None) -> None:

@@ -25,10 +25,10 @@ import torch
 
 from tests.runtime.local_actors import ELEMENTS, Answer, Holder, LocalActor, Stage, StorelessSession, holder
 from tests.runtime.transfer.crew import ThreadHost, Wires
-from tests.runtime.transfer.host_device import UNITS_PER_TILE, Exporter, walk
+from tests.runtime.transfer.host_device import UNITS_PER_TILE, Exporter, allocation_of, walk
 from wavecast.runtime.errors import TransportUnavailable
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.transfer import agent, fused, pull, session, shadow, staging, tables
+from wavecast.runtime.transfer import agent, agreement, board, fused, pull, session, shadow, staging, tables
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence, Move
 from wavecast.runtime.transfer.memory import Memory
@@ -295,7 +295,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setitem(
         sys.modules, "wavecast.runtime.transfer.kernels", cast("Any", SimpleNamespace(UNITS_PER_TILE=UNITS_PER_TILE))
     )
-    for module in (agent, fused, pull, session, shadow, staging):
+    for module in (agent, agreement, board, fused, pull, session, shadow, staging):
         monkeypatch.setattr(module, "torch", GpuTorch(machine))
 
     lay_down = tables._table
@@ -304,8 +304,12 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setattr(agent, "has_kernels", lambda: True)
     monkeypatch.setattr(agent, "warm_up", lambda device: None)
     monkeypatch.setattr(pull, "Exporter", Exporter)
-    for name in ("make_current", "open_memory", "close_memory", "read_async"):
+    monkeypatch.setattr(pull, "allocation_of", allocation_of)
+    for name in ("make_current", "open_memory", "close_memory"):
         monkeypatch.setattr(pull, name, getattr(machine, name))
+
+    for name in ("make_current", "read_async"):
+        monkeypatch.setattr(board, name, getattr(machine, name))
 
     class CopyBatch:
         def __init__(self, copies: Sequence[tuple[int, int, int]]) -> None:

@@ -25,7 +25,7 @@ IMPOSSIBLE: list[tuple[str, object, str]] = [
     ("link", 1e9, "a LinkCost"),
     ("lookahead", -1, "None, 0 or more"),
     ("lookahead", 0.5, "an integer"),
-    ("in_flight", 0, "at least 1"),
+    ("in_flight", 0, "None, 1 or more"),
     ("in_flight", "2", "an integer"),
     ("deadline_seconds", 0, "positive"),
     ("deadline_seconds", -1.0, "positive"),

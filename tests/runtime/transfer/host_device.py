@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from wavecast.runtime.transfer import fused, pull, tables
+from wavecast.runtime.transfer import board, fused, pull, tables
 from wavecast.runtime.transfer.tables import Table
 
 #: Small, so that small tensors take several tiles.
@@ -160,6 +160,10 @@ class Exporter:
         return self.handles.index(handle), address & 0xFFFF
 
 
+def allocation_of(address: int) -> int:
+    return address & ~0xFFFF
+
+
 #: How often each handle is open now.
 OPENED: dict[bytes, int] = {}
 
@@ -245,9 +249,12 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Devi
     monkeypatch.setitem(sys.modules, "wavecast.runtime.transfer.kernels", stand_in)
     monkeypatch.setattr(tables, "_launch", launch)
     monkeypatch.setattr(fused, "torch", HostTorch())
-    monkeypatch.setattr(pull, "torch", HostTorch())
-    monkeypatch.setattr(pull, "make_current", lambda index: None)
-    for name in ("CopyBatch", "Exporter", "open_memory", "close_memory", "read_async"):
+    for module in (board, pull):
+        monkeypatch.setattr(module, "torch", HostTorch())
+        monkeypatch.setattr(module, "make_current", lambda index: None)
+
+    monkeypatch.setattr(board, "read_async", read_async)
+    for name in ("CopyBatch", "Exporter", "allocation_of", "open_memory", "close_memory"):
         monkeypatch.setattr(pull, name, globals()[name])
 
     return DEVICE

@@ -13,7 +13,8 @@ from tests.runtime.transfer.host_device import Device, signed, weighed_sum
 from tests.runtime.transfer.test_fused import noise, tensor_of, whole_of
 from wavecast.runtime.errors import SyncAborted, SyncError, TransportUnavailable
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.transfer import pull, tables
+from wavecast.runtime.transfer import board, pull, tables
+from wavecast.runtime.transfer.board import BEGUN, Board
 from wavecast.runtime.transfer.comm import Deadline, MoveTimeout
 from wavecast.runtime.transfer.copying import pack
 from wavecast.runtime.transfer.fused import Tally
@@ -54,11 +55,11 @@ class Pair:
         self.memories = Memory(sources), Memory(targets)
         self.steps = [Step(10 + number, 0, (1,), tuple(cuts), pull=True) for number, cuts in enumerate(steps)]
         self.pullers = Puller(CPU), Puller(CPU)
-        self.bell = torch.zeros(1, dtype=torch.int64)
+        self.board = Board(len(self.steps), CPU)
         self.serial = 0
 
     def attach(self) -> Addresses:
-        addresses = export_addresses(program(0, *self.steps), self.memories[0], self.bell)
+        addresses = export_addresses(program(0, *self.steps), self.memories[0], self.board)
         self.pullers[1].attach({0: addresses})
         return addresses
 
@@ -71,13 +72,13 @@ class Pair:
             if prepare:
                 puller.prepare(program(actor, *self.steps))
 
-        self.bell.fill_(self.serial)
+        self.board.post(BEGUN, self.serial)
         sender, receiver = self.pullers
-        receiver.wait_for(0, self.serial, Deadline(5), go_on)
+        receiver.boards.wait(0, BEGUN, self.serial, Deadline(5), go_on)
         copied = []
         for index, step in enumerate(self.steps):
             sender.send(step, tallies[0].total(index, sender.sums))
-            copied.append(receiver.receive(step, tallies[1].total(index, receiver.sums)))
+            copied.extend(receiver.receive(step, tallies[1].total(index, receiver.sums)))
 
         ends = [puller.finished() for puller in self.pullers]
         assert not any(event.query() for event in ends)
@@ -209,17 +210,18 @@ def test_without_sums_nothing_is_summed_up(device: Device, monkeypatch: pytest.M
 
 
 def test_a_receiver_pulls_from_two_senders(device: Device) -> None:
-    """Each has handles and a bell of its own; both start at number 0."""
+    """Each has handles and a board of its own; both start at number 0."""
     views = [noise(torch.zeros(40, dtype=torch.int16), seed) for seed in range(2)]
     sources = [Memory([Shard("w", view, (40 * part,), (80,))]) for part, view in enumerate(views)]
     target = torch.zeros(80, dtype=torch.int16)
     steps = [Step(part, part, (2,), (Cut("w", (40 * part,), (40,), "int16"),), pull=True) for part in range(2)]
-    bells = [torch.full((1,), 7 + part) for part in range(2)]
+    boards = [Board(1, CPU) for _ in range(2)]
     puller = Puller(CPU)
-    puller.attach({part: export_addresses(program(part, steps[part]), sources[part], bells[part]) for part in range(2)})
+    puller.attach({part: export_addresses(program(part, steps[part]), sources[part], boards[part]) for part in range(2)})
     puller.begin(Memory([Shard("w", target, (0,), (80,))]), None)
     for part, step in enumerate(steps):
-        puller.wait_for(part, 7 + part, Deadline(5), go_on)
+        boards[part].post(BEGUN, 7 + part)
+        puller.boards.wait(part, BEGUN, 7 + part, Deadline(5), go_on)
         puller.receive(step, None)
 
     device.drain()
@@ -235,14 +237,15 @@ def test_addresses_are_of_what_this_actor_sends_to_be_pulled_and_of_nothing_else
         Step(6, 0, (1,), (cut,), pull=False),
         Step(7, 1, (0,), (cut,), pull=True),
     )
-    bell = torch.zeros(1, dtype=torch.int64)
-    addresses = export_addresses(program(0, *steps), memory, bell)
+    own = Board(3, CPU)
+    addresses = export_addresses(program(0, *steps), memory, own)
     assert list(addresses.steps) == [5]
     number, offset, *strides = torch.frombuffer(bytearray(addresses.steps[5]), dtype=torch.int64).tolist()
     assert host_device.open_memory(addresses.handles[number]) + offset == view[2, 1].data_ptr()
     assert strides == [4, 16]
-    number, offset = addresses.bell
-    assert host_device.open_memory(addresses.handles[number]) + offset == bell.data_ptr()
+    number, offset = addresses.board
+    assert host_device.open_memory(addresses.handles[number]) + offset == own.page.data_ptr()
+    assert addresses.places == {5: 0, 6: 1, 7: 2}
 
 
 # Mappings.
@@ -284,7 +287,7 @@ def test_a_mapping_that_fails_half_way_leaks_nothing(device: Device, monkeypatch
 
     monkeypatch.setattr(pull, "open_memory", never)
     with pytest.raises(TransportUnavailable, match="cannot be mapped"):
-        pair.pullers[1].attach({0: Addresses((b"new page", b"bad", b"never"), real.steps, (0, 0))})
+        pair.pullers[1].attach({0: Addresses((b"new page", b"bad", b"never"), real.steps, (0, 0), {})})
 
     assert opened() == {b"new page": 1}
     pair.pullers[1].close()
@@ -302,7 +305,7 @@ def test_memory_that_cannot_be_shared_says_why(device: Device, monkeypatch: pyte
     assert pull.why_not_shared(memory) == "cuIpcGetMemHandle failed with CUDA_ERROR_INVALID_VALUE (1)"
 
 
-# The bell.
+# The board.
 
 
 def test_a_receiver_waits_until_the_sender_has_begun_this_very_run(
@@ -313,42 +316,42 @@ def test_a_receiver_waits_until_the_sender_has_begun_this_very_run(
     readings = [0, 3, 4, 9]
 
     def read(target: int, source: int, nbytes: int, stream: int) -> None:
-        assert (source, nbytes) == (pair.bell.data_ptr(), 8)
-        assert stream == pair.pullers[1]._listen.cuda_stream
-        pair.bell.fill_(readings.pop(0))
+        assert (source, nbytes) == (pair.board.page.data_ptr(), 8)
+        assert stream == pair.pullers[1].boards._stream.cuda_stream
+        pair.board.post(BEGUN, readings.pop(0))
         ctypes.memmove(target, source, nbytes)
 
-    monkeypatch.setattr(pull, "read_async", read)
-    pair.pullers[1].wait_for(0, 4, Deadline(5), go_on)
+    monkeypatch.setattr(board, "read_async", read)
+    pair.pullers[1].boards.wait(0, BEGUN, 4, Deadline(5), go_on)
     assert readings == [9]
     # It has heard it for this run.
-    pair.pullers[1].wait_for(0, 4, Deadline(5), go_on)
+    pair.pullers[1].boards.wait(0, BEGUN, 4, Deadline(5), go_on)
     assert readings == [9]
 
 
-def test_a_bell_that_was_attached_anew_has_not_been_heard(device: Device) -> None:
-    """The sender moved in the very run in which its old bell rang."""
+def test_a_board_that_was_attached_anew_has_not_been_heard(device: Device) -> None:
+    """The sender moved in the very run in which its old board said so."""
     pair = odd_pair()
     pair.attach()
-    pair.bell.fill_(4)
-    pair.pullers[1].wait_for(0, 4, Deadline(5), go_on)
-    pair.bell = torch.zeros(1, dtype=torch.int64)
+    pair.board.post(BEGUN, 4)
+    pair.pullers[1].boards.wait(0, BEGUN, 4, Deadline(5), go_on)
+    pair.board = Board(3, CPU)
     pair.attach()
     with pytest.raises(MoveTimeout):
-        pair.pullers[1].wait_for(0, 4, Deadline(-1), go_on)
+        pair.pullers[1].boards.wait(0, BEGUN, 4, Deadline(-1), go_on)
 
 
-def test_a_bell_that_is_never_rung_is_a_timeout_and_an_abort_ends_the_wait(device: Device) -> None:
+def test_a_board_that_never_says_so_is_a_timeout_and_an_abort_ends_the_wait(device: Device) -> None:
     pair = odd_pair()
     pair.attach()
     with pytest.raises(MoveTimeout, match="actor 0 had not begun the run by the deadline"):
-        pair.pullers[1].wait_for(0, 4, Deadline(-1), go_on)
+        pair.pullers[1].boards.wait(0, BEGUN, 4, Deadline(-1), go_on)
 
     def give_up() -> None:
         raise SyncAborted("the test gave it up")
 
     with pytest.raises(SyncAborted):
-        pair.pullers[1].wait_for(0, 4, Deadline(5), give_up)
+        pair.pullers[1].boards.wait(0, BEGUN, 4, Deadline(5), give_up)
 
 
 def test_a_step_before_any_run_is_refused(device: Device) -> None:
