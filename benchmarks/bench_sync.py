@@ -20,7 +20,7 @@ from pathlib import Path
 import anyio
 import torch
 from ceilings import CeilingBook, Row
-from common import environment
+from common import environment, named_option
 from sync_baselines import BASELINES, run_baselines
 from sync_cases import CASES, SUITES, Case, ad_hoc, find_cases
 from sync_measure import case_facts, run_case
@@ -152,7 +152,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", action="append", default=[], metavar="NAME", help="only these; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
     parser.add_argument(
-        "--set", action="append", type=_option, default=[], metavar="NAME=VALUE", help="an option of the group, in JSON"
+        "--set",
+        action="append",
+        type=named_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option, in JSON",
     )
     parser.add_argument("--repeat", type=_positive, default=10, help="warm syncs; one more comes before them")
     parser.add_argument("--baselines", action="store_true", help="run other ways over the same bytes beside each case")
@@ -175,18 +180,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--in-flight", type=int)
     own.add_argument("--no-checksum", action="store_true")
     return parser.parse_args(argv)
-
-
-def _option(text: str) -> tuple[str, object]:
-    """Read ``in_flight=3`` or ``transport=nccl``: what is no JSON is a string."""
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def _positive(text: str) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ("environment", "quantile")
+__all__ = ("environment", "named_option", "quantile")
 
 _PACKAGES = ("wavecast", "torch", "ray", "anyio")
 
@@ -38,6 +40,18 @@ def quantile(values: Sequence[float], share: float) -> float:
     """Return the smallest of ``values`` that at least ``share`` of them do not exceed."""
     ordered = sorted(values)
     return ordered[max(-(-int(share * 100) * len(ordered) // 100) - 1, 0)]
+
+
+def named_option(text: str) -> tuple[str, object]:
+    """Read ``in_flight=3`` or ``transport=nccl``: what is no JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _version(name: str) -> str | None:

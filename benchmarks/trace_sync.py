@@ -5,8 +5,8 @@ Where each millisecond of one warm sync goes: what driver and actors were at, on
     python benchmarks/trace_sync.py --case cpu-across-7b --profile DIR          # and PyTorch's profiler on every actor
 
 The calls are marked by wrapping them, in this process and in the actors; a mark costs microseconds. With `--profile`
-one more sync is recorded by PyTorch's profiler on every actor: DIR gets a Chrome trace of each, and the report says what
-each device did, by kernel.
+one more sync is recorded by PyTorch's profiler on every actor: DIR gets a Chrome trace of each, and the report says
+what each device did, by kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple, cast
 
 import anyio
 import torch
-from common import environment
+from common import environment, named_option
 from sync_cases import Case, find_cases
 from sync_measure import case_facts, started_actors
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trace a case; print it as text or JSON. Return 0 when its weights were right, else 1."""
     args = _parse(argv)
     (case,) = find_cases(suite=None, names=[args.case])
-    case = case.with_options({"in_flight": args.in_flight} if args.in_flight else {})
+    case = case.with_options(dict(args.set))
     reason = case.reason_to_skip(torch.cuda.device_count())
     if reason is not None:
         print(f"trace_sync: {args.case} {reason}", file=sys.stderr)
@@ -249,7 +249,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", required=True, help="a case of bench_sync.py")
     parser.add_argument("--warm", type=int, default=7, help="warm syncs, of which the median is shown")
-    parser.add_argument("--in-flight", type=int, help="unfinished tasks an actor may have")
+    parser.add_argument(
+        "--set", action="append", type=named_option, default=[], metavar="NAME=VALUE", help="an option, in JSON"
+    )
     parser.add_argument("--profile", metavar="DIR", help="record one more sync with PyTorch's profiler")
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args(argv)

@@ -18,11 +18,8 @@ __all__ = ("HeadStart", "ask_versions", "begin", "head_starts")
 class HeadStart:
     """What an actor may do as soon as it has begun. The fields are those of :class:`Begin`."""
 
-    ahead: tuple[RunStep, ...] = ()
-    close: CloseRun | None = None
-
-
-_NONE = HeadStart()
+    ahead: tuple[RunStep, ...]
+    close: CloseRun | None
 
 
 def head_starts(
@@ -76,6 +73,8 @@ async def begin(
     :raises ValidationError: when the sources are to be scanned and hold NaN
     """
     in_shadow = known.options.staging == "shadow"
+    # Receivers first: they have more to do before their first byte moves.
+    order = [*range(known.sources, len(known.actors)), *range(known.sources)]
     requests = {
         actor: Begin(
             run,
@@ -83,10 +82,10 @@ async def begin(
             scan=request.validate and actor < known.sources,
             version=None if request.from_peer and actor < known.sources else version,
             shadow=in_shadow and actor >= known.sources,
-            ahead=start.ahead,
-            close=start.close,
+            ahead=starts[actor].ahead if starts else (),
+            close=starts[actor].close if starts else None,
         )
-        for actor, start in enumerate(starts or [_NONE] * len(known.actors))
+        for actor in order
     }
     replies = await known.actors.ask_all(requests, Began)
     _observe(known, {actor: reply.standing for actor, reply in replies.items()})

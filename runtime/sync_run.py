@@ -172,8 +172,8 @@ class SyncRun:
             return _Moved(began, preparation, outcome, since)
 
         # A step of other layouts fails by itself, and may do so long before its peers say that they begin.
-        changed = isinstance(failure, errors.LayoutError) or len(began) == len(self._actors)
-        if failure is not None and not (changed and not self._fits(began, preparation)):
+        changed = len(began) == len(self._actors) and not self._fits(began, preparation)
+        if failure is not None and not (isinstance(failure, errors.LayoutError) or changed):
             raise failure
 
         await self.abort("the actors hold other layouts than the last time")

@@ -316,7 +316,7 @@ class Agent:
         if self._hooks.abandoned:
             raise errors.SyncAborted("the run was given up while its hook was called")
 
-        live = self._read_shards(request.actor)
+        live = self._read_shards(request.actor, in_haste=bool(request.ahead))
         shards = live.shards
         nan = count_nan(shards) if request.scan else ()
         with self._lock:
@@ -397,10 +397,7 @@ class Agent:
             self._commit(session, commit)
             self._hooks.after(commit)
 
-        run.peers = close.peers
-        run.close = end
-        if session.is_idle:
-            end()
+        session.let_close(run, close.peers, end)
 
     def _locate(self, host: Host, device: torch.device) -> Place:
         """Return where the shards are; an actor never leaves its node, so only its device may change."""
@@ -409,11 +406,16 @@ class Agent:
 
         return self._place[1]
 
-    def _read_shards(self, actor: int) -> Memory:
-        """Ask the user's hook; what it returned the last time is taken as it was where it has not changed."""
+    def _read_shards(self, actor: int, *, in_haste: bool = False) -> Memory:
+        """
+        Ask the user's hook; what it returned the last time is taken as it was where it has not changed.
+
+        :param in_haste: a shape that changed in place may go unnoticed here: what starts at once finds it on its way
+        """
         shards = _listed(self._shards())
-        if self._memory is not None and self._memory.holds_still(shards):
-            return self._memory
+        if self._memory is not None:
+            if self._memory.seems_still(shards) if in_haste else self._memory.holds_still(shards):
+                return self._memory
 
         for shard in shards:
             if not isinstance(shard, Shard):

@@ -172,7 +172,10 @@ class _Wanted:
         if nbytes:
             source = communicator.mapped(handle) + offset
             stream = torch.cuda.current_stream(buffer.device).cuda_stream
-            CopyBatch([(buffer.data_ptr(), source, nbytes)]).start(stream)
+            try:
+                CopyBatch([(buffer.data_ptr(), source, nbytes)]).start(stream)
+            except TransportUnavailable as error:
+                raise CommunicatorError(str(error)) from error
 
         # The sender may fill its buffer anew once it is told, so the copy must be over.
         communicator.fence().wait(deadline)

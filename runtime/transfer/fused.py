@@ -15,8 +15,8 @@ from wavecast.runtime.transfer.segments import Segment, Strided, join_segments, 
 from wavecast.runtime.transfer.tables import (
     Table,
     build_tables,
-    copy_and_sum_table,
-    copy_table,
+    stage_and_sum_table,
+    stage_table,
     sum_source,
     sum_target,
 )
@@ -103,11 +103,11 @@ class FusedCopier:
 
         if self._tally is None:
             for table in plan.copies:
-                copy_table(table, target_base=base)
+                stage_table(table, target_base=base)
         else:
             total = self._tally.total(step)
             for table in plan.copies:
-                copy_and_sum_table(table, total, target_base=base)
+                stage_and_sum_table(table, total, target_base=base)
 
             for table in plan.worked_sums:
                 sum_source(table, total, source_base=base)
@@ -123,7 +123,7 @@ class FusedCopier:
         check()
         base = window.data_ptr()
         for table in (*plan.more, *plan.copies):
-            copy_table(table, source_base=base)
+            stage_table(table, source_base=base)
 
         if self._tally is not None:
             total = self._tally.total(step)

@@ -20,6 +20,7 @@ from wavecast.runtime.transfer.segments import Strided
 __all__ = ("Memory", "as_bits", "dtype_of", "count_nan", "strided")
 
 _DTYPE = operator.attrgetter("dtype")
+_NBYTES = operator.attrgetter("nbytes")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -47,7 +48,9 @@ class Memory:
         self._dtypes = [view.dtype for view in self._views]
         contiguous = [view.is_contiguous() for view in self._views]
         self._dense = list(itertools.compress(self._views, contiguous))
+        self._nbytes = [view.nbytes for view in self._dense]
         others = [not each for each in contiguous]
+        self._shapes_of = list(itertools.compress(self._shapes, others))
         self._strided = list(itertools.compress(self._views, others))
         self._strides_of = list(itertools.compress(self._strides, others))
         self._by_name = _by_name(self.shards, {})
@@ -86,6 +89,20 @@ class Memory:
             and all(map(torch.Tensor.is_contiguous, self._dense))
             and all(map(operator.eq, map(torch.Tensor.stride, self._strided), self._strides_of))
             and all(map(operator.is_, map(_DTYPE, views), self._dtypes))
+        )
+
+    def seems_still(self, shards: Sequence[Shard]) -> bool:
+        """
+        Tell whether ``shards`` are the very objects this was made of, each with all of the bytes it had, where it had
+        them: to read and write them does no harm. What :meth:`holds_still` finds beyond that may be looked at later.
+        """
+        return (
+            len(shards) == len(self.shards)
+            and all(map(operator.is_, shards, self.shards))
+            and all(map(operator.eq, map(torch.Tensor.data_ptr, self._views), self._addresses))
+            and all(map(operator.eq, map(_NBYTES, self._dense), self._nbytes))
+            and all(map(operator.eq, map(torch.Tensor.size, self._strided), self._shapes_of))
+            and all(map(operator.eq, map(torch.Tensor.stride, self._strided), self._strides_of))
         )
 
     def require_still(self) -> None:

@@ -112,11 +112,6 @@ class Session:
         self._epoch = 0
         self._ended: tuple[RunId | None, str] = (None, "")
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether the program has nothing to do for this actor."""
-        return self._program is not None and not self._program.steps
-
     def current(self, name: RunId) -> Run:
         """
         Return the run under way.
@@ -270,6 +265,20 @@ class Session:
             torch.cuda.current_stream(run.memory.device).wait_event(run.ready)
 
         self._board.post(BEGUN, run.name.serial)
+
+    def let_close(self, run: Run, peers: tuple[int, ...], close: Callable[[], object]) -> None:
+        """
+        Let ``run`` end by itself once its steps are through and ``peers`` agree; at once where there is nothing to do.
+
+        :param close: ends it on this actor
+        """
+        run.peers = peers
+        run.close = close
+        if self._program is not None and not self._program.steps:
+            close()
+        elif self._board is None:
+            # Nobody reads it: this actor sends nothing, and is the only one that receives.
+            self._board = Board(0, run.memory.device)
 
     def refuse_to_close(self, run: Run) -> None:
         """Let nobody end ``run`` before the driver does: no peer that waits for this actor is left waiting."""

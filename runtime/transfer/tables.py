@@ -15,7 +15,8 @@ __all__ = (
     "Table",
     "build_tables",
     "copy_table",
-    "copy_and_sum_table",
+    "stage_table",
+    "stage_and_sum_table",
     "sum_source",
     "sum_target",
     "has_kernels",
@@ -30,6 +31,8 @@ _compiled: set[tuple[str, int]] = set()
 #: What copies and what sums up run side by side, so neither takes more than it needs.
 _COPY_WARPS, _SUM_WARPS = 16, 8
 _FAR, _NEAR, _ASIDE = 0.5, 2.0, 0.25
+#: NCCL's kernels take 32 multiprocessors: one that finds none free waits for whatever has them all.
+_BESIDE = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,9 +121,14 @@ def copy_table(table: Table, *, source_base: int = 0, target_base: int = 0, near
     _launch(table, source_base, target_base, table.rows, "COPY", _COPY_WARPS, _NEAR if near else _FAR)
 
 
-def copy_and_sum_table(table: Table, total: torch.Tensor, *, source_base: int = 0, target_base: int = 0) -> None:
-    """Queue the copies of ``table`` and add the weighed sum of what was read to ``total`` (one int64)."""
-    _launch(table, source_base, target_base, total, "COPY_AND_SUM", _COPY_WARPS, _NEAR)
+def stage_table(table: Table, *, source_base: int = 0, target_base: int = 0) -> None:
+    """Queue the copies of ``table`` to or from staging memory: beside a transport whose kernels need room as well."""
+    _launch(table, source_base, target_base, table.rows, "COPY", _COPY_WARPS, _BESIDE)
+
+
+def stage_and_sum_table(table: Table, total: torch.Tensor, *, source_base: int = 0, target_base: int = 0) -> None:
+    """As :func:`stage_table`; the weighed sum of what was read is added to ``total`` (one int64)."""
+    _launch(table, source_base, target_base, total, "COPY_AND_SUM", _COPY_WARPS, _BESIDE)
 
 
 def sum_source(table: Table, total: torch.Tensor, *, source_base: int = 0, hurry: bool = True) -> None:
@@ -134,7 +142,7 @@ def sum_source(table: Table, total: torch.Tensor, *, source_base: int = 0, hurry
 
 def sum_target(table: Table, total: torch.Tensor, *, target_base: int = 0) -> None:
     """Queue the weighed sum of all that lies where ``table`` writes; it is added to ``total`` (one int64)."""
-    _launch(table, 0, target_base, total, "SUM_TARGET", _SUM_WARPS, _NEAR)
+    _launch(table, 0, target_base, total, "SUM_TARGET", _SUM_WARPS, _BESIDE)
 
 
 def _launch(

@@ -369,8 +369,8 @@ class GpuAgent(Agent):
 
         return reply
 
-    def _read_shards(self, actor: int) -> Memory:
-        return self._placed(super()._read_shards(actor))
+    def _read_shards(self, actor: int, *, in_haste: bool = False) -> Memory:
+        return self._placed(super()._read_shards(actor, in_haste=in_haste))
 
     def _second_copy(self, live: Memory) -> Shadow:
         copy = super()._second_copy(live)

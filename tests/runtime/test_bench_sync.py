@@ -131,8 +131,8 @@ def test_options_of_the_command_override_those_of_a_case(bench):
     found = case(bench, "schedule-barriers").with_options({"lookahead": 2, "budget_bytes": 1 << 20, "in_flight": 4})
     options = found.sync_options()
     assert (options.lookahead, options.budget_bytes, options.in_flight) == (2, 1 << 20, 4)
-    assert bench.bench_sync._option("in_flight=3") == ("in_flight", 3)
-    assert bench.bench_sync._option("transport=nccl") == ("transport", "nccl")
+    assert bench.bench_sync.named_option("in_flight=3") == ("in_flight", 3)
+    assert bench.bench_sync.named_option("transport=nccl") == ("transport", "nccl")
 
 
 def test_an_option_that_the_group_does_not_have_is_refused_by_name(bench):

@@ -35,7 +35,13 @@ def in_threads(communicators: Sequence[Communicator], part: Part) -> list[Future
 
 
 def results(communicators: Sequence[Communicator], part: Part) -> list[object]:
-    return [future.result(SECONDS) for future in in_threads(communicators, part)]
+    """Return what each of them made of ``part``; of several failures the one that is no mere waiting for the others."""
+    futures = in_threads(communicators, part)
+    failures = [error for future in futures if (error := future.exception(2 * SECONDS)) is not None]
+    if failures:
+        raise min(failures, key=lambda error: isinstance(error, MoveTimeout))
+
+    return [future.result() for future in futures]
 
 
 def pattern(nbytes: int, seed: int, device: torch.device) -> torch.Tensor:

@@ -95,7 +95,7 @@ def check(name: str) -> None:
     assert torch.equal(target, source), f"{name}: copy"
     assert totals(tables.sum_target) == expected, f"{name}: sum of what was written"
     target.copy_(before)
-    assert totals(tables.copy_and_sum_table) == expected, f"{name}: sum beside a copy"
+    assert totals(tables.stage_and_sum_table) == expected, f"{name}: sum beside a copy"
     assert torch.equal(target, source), f"{name}: copy beside a sum"
     # Addresses may be given from a base on.
     base = segments[0].target

@@ -217,7 +217,9 @@ def test_a_receiver_pulls_from_two_senders(device: Device) -> None:
     steps = [Step(part, part, (2,), (Cut("w", (40 * part,), (40,), "int16"),), pull=True) for part in range(2)]
     boards = [Board(1, CPU) for _ in range(2)]
     puller = Puller(CPU)
-    puller.attach({part: export_addresses(program(part, steps[part]), sources[part], boards[part]) for part in range(2)})
+    puller.attach(
+        {part: export_addresses(program(part, steps[part]), sources[part], boards[part]) for part in range(2)}
+    )
     puller.begin(Memory([Shard("w", target, (0,), (80,))]), None)
     for part, step in enumerate(steps):
         boards[part].post(BEGUN, 7 + part)
