@@ -90,13 +90,14 @@ class Boards:
         :param check: raises once the run was given up
         :raises MoveTimeout: when the deadline passed first
         """
-        while abs(self._heard.get((peer, word), 0)) != serial:
-            self._heard[peer, word] = self._read(peer, word, 1)[0]
+        heard = self._heard.get((peer, word), 0)
+        while abs(heard) != serial:
+            heard = self._heard[peer, word] = self._read(peer, word, 1)[0]
             check()
-            if abs(self._heard[peer, word]) != serial and deadline.passed:
+            if abs(heard) != serial and deadline.passed:
                 raise MoveTimeout(f"actor {peer} had not {_SAID[word]} by the deadline")
 
-        return self._heard[peer, word] == serial
+        return heard == serial
 
     def sums(self, peer: int, tasks: Collection[int]) -> dict[int, int]:
         """Return what ``peer`` has summed up for ``tasks``; only once it has posted that all is summed up."""
