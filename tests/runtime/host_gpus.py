@@ -32,7 +32,19 @@ from wavecast.runtime.transfer import agent, board, fused, pull, session, shadow
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence, Move
 from wavecast.runtime.transfer.memory import Memory
-from wavecast.runtime.transfer.messages import Connect, Reply, Request, RunStep, decode, encode
+from wavecast.runtime.transfer.messages import (
+    CloseRun,
+    Commit,
+    Committed,
+    Connect,
+    Reply,
+    Request,
+    RunStep,
+    Standing,
+    decode,
+    encode,
+)
+from wavecast.runtime.transfer.session import Run, Session
 from wavecast.runtime.transfer.shadow import Shadow
 from wavecast.runtime.transfer.tables import Table
 from wavecast.runtime.transfer.worker import overridden_hooks
@@ -147,7 +159,8 @@ class Machine:
     :ivar refused: devices that can map nothing
     :ivar reads: address and bytes of each copy that was made
     :ivar on_copy: called after a copy, on the stream, with the address that was written
-    :ivar on_listen: called with a device's number when it looks at a bell
+    :ivar on_listen: called with a device's number and an address when it looks at another's board
+    :ivar strays: looks at boards that were not mapped
     """
 
     def __init__(self, *, backwards: bool) -> None:
@@ -158,7 +171,8 @@ class Machine:
         self.refused: set[int] = set()
         self.reads: list[tuple[int, int]] = []
         self.on_copy: Callable[[int], object] = lambda address: None
-        self.on_listen: Callable[[int], object] = lambda gpu: None
+        self.on_listen: Callable[[int, int], object] = lambda gpu, address: None
+        self.strays: list[tuple[int, int]] = []
         self._backwards = backwards
         self._here = threading.local()
 
@@ -228,7 +242,12 @@ class Machine:
             assert self.opened[self._here.index, handle] >= 0
 
     def read_async(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        self.on_listen(self._here.index)
+        self.on_listen(self._here.index, source)
+        # A board is smaller than a page, and may begin in the one before.
+        pages = [(self._here.index, ((source >> 16) - before).to_bytes(8, "little")) for before in (0, 1)]
+        if not any(self.opened[page] for page in pages):
+            self.strays.append((self._here.index, source))
+
         # Looking is a tight loop: others may want the lock.
         time.sleep(0)
         self._stream_of(stream).put(lambda: ctypes.memmove(target, source, nbytes))
@@ -357,12 +376,38 @@ class GpuSession(StorelessSession):
 
 
 class GpuAgent(Agent):
-    """Takes its shards for a device's memory."""
+    """
+    Takes its shards for a device's memory.
+
+    :ivar commits: the versions of its commits, whoever asked for them
+    :ivar on_commit: called after each
+    :ivar on_early: called while steps wait for their begin
+    :ivar on_step: called with each step that was asked for, before it is taken up
+    :ivar on_let_close: called in a begin, before its steps start
+    """
 
     gpu: Gpu
+    on_commit: Callable[[], object] = staticmethod(lambda: None)
     on_early: Callable[[], object] = staticmethod(lambda: None)
+    on_step: Callable[[], object] = staticmethod(lambda: None)
+    on_let_close: Callable[[], object] = staticmethod(lambda: None)
+
+    @functools.cached_property
+    def commits(self) -> list[int | None]:
+        return []
+
+    def _commit(self, session: Session, request: Commit) -> Committed:
+        reply = super()._commit(session, request)
+        self.commits.append(request.version)
+        self.on_commit()
+        return reply
+
+    def _let_close(self, session: Session, run: Run, close: CloseRun, before: Standing, *, idle: bool) -> None:
+        self.on_let_close()
+        super()._let_close(session, run, close, before, idle=idle)
 
     def _step(self, request: RunStep) -> Future[Reply]:
+        self.on_step()
         reply = super()._step(request)
         if self._early:
             self.on_early()

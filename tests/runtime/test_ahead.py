@@ -52,13 +52,15 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(pull, "_ENGINE_NBYTES", 64)
 
     before = set(threading.enumerate())
-    yield host_gpus.install(monkeypatch, backwards=request.param == "engine")
+    found = host_gpus.install(monkeypatch, backwards=request.param == "engine")
+    yield found
     # A lane that was left behind must not come to the machine of the next test.
     left = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("wavecast-")]
     for thread in left:
         thread.join(5)
 
     assert not any(thread.is_alive() for thread in left)
+    assert found.strays == []
 
 
 @pytest.fixture
@@ -104,7 +106,9 @@ async def is_ahead(stage: GpuStage, group: ParameterSyncGroup, seed: int = 200, 
 # What a warm sync asks.
 
 
-async def test_a_warm_sync_is_one_begin_and_the_steps_and_the_receivers_commit_among_themselves(machine: Machine) -> None:
+async def test_a_warm_sync_is_one_begin_and_the_steps_and_the_receivers_commit_among_themselves(
+    machine: Machine,
+) -> None:
     stage = GpuStage(machine)
     async with group_of(stage) as group:
         await group.sync()
@@ -692,7 +696,7 @@ def listening(machine: Machine, gpus: set[int]) -> asyncio.Event:
     found, loop = asyncio.Event(), asyncio.get_running_loop()
     looks: dict[int, int] = dict.fromkeys(gpus, 0)
 
-    def look(gpu: int) -> None:
+    def look(gpu: int, address: int) -> None:
         looks[gpu] += 1
         if min(looks.values()) == 2 and looks[gpu] == 2:
             loop.call_soon_threadsafe(found.set)
