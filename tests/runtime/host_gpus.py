@@ -481,12 +481,19 @@ class Log(list[tuple[str, int, str]]):
     def __init__(self) -> None:
         super().__init__()
         self._wanted: list[tuple[tuple[str, int, str], asyncio.Event]] = []
+        self._growing = asyncio.Event()
 
     def append(self, entry: tuple[str, int, str]) -> None:
         super().append(entry)
+        growing, self._growing = self._growing, asyncio.Event()
+        growing.set()
         for wanted, found in self._wanted:
             if wanted == entry:
                 found.set()
+
+    async def grown(self) -> None:
+        """Wait for the next entry."""
+        await self._growing.wait()
 
     def wait_for(self, entry: tuple[str, int, str]) -> asyncio.Event:
         """Return what is set once there is such an entry."""
