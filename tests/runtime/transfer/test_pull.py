@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -307,6 +308,38 @@ def test_memory_that_cannot_be_shared_says_why(device: Device, monkeypatch: pyte
     assert pull.why_not_shared(memory) == "cuIpcGetMemHandle failed with CUDA_ERROR_INVALID_VALUE (1)"
 
 
+# Segments of several tensors.
+
+
+@pytest.mark.parametrize("first", range(7))
+@pytest.mark.parametrize("second", range(7))
+def test_tensors_that_follow_each_other_are_one_copy_within_an_allocation_and_never_across_two(
+    device: Device, monkeypatch: pytest.MonkeyPatch, first: int, second: int
+) -> None:
+    """Six tensors in a row; the sender's next allocation begins after ``first`` of them, the receiver's ``second``."""
+    monkeypatch.setattr(pull, "_ENGINE_NBYTES", 64)
+    elements, nbytes = 1 << 10, 1 << 12
+
+    def row(border: int) -> list[Shard]:
+        held = torch.zeros(1 << 15, dtype=torch.int32)
+        start = (-held.data_ptr() % (1 << 16)) // 4 + (1 << 14) - border * elements
+        views = [held[start + number * elements :][:elements] for number in range(6)]
+        assert all(view.data_ptr() >> 16 == (view.data_ptr() + nbytes - 1) >> 16 for view in views)
+        return [Shard(f"t{number}", view, (0,), (elements,)) for number, view in enumerate(views)]
+
+    sources = row(first)
+    for number, shard in enumerate(sources):
+        noise(tensor_of(shard), number)
+
+    pair = Pair(sources, row(second), [[Cut(f"t{number}", (0,), (elements,), "int32") for number in range(6)]])
+    pair.attach()
+    sent, found = pair.run(device)
+    assert arrived(pair)
+    assert sent == found == pair.expected()
+    borders = sorted({0, first, second, 6})
+    assert host_device.CopyBatch.started == [(b - a) * nbytes for a, b in itertools.pairwise(borders)]
+
+
 # The board.
 
 
@@ -354,6 +387,40 @@ def test_a_board_that_never_says_so_is_a_timeout_and_an_abort_ends_the_wait(devi
 
     with pytest.raises(SyncAborted):
         pair.pullers[1].boards.wait(0, BEGUN, 4, Deadline(5), give_up)
+
+
+@pytest.mark.parametrize("how", ["closed", "attached anew in vain"])
+def test_a_board_that_is_no_longer_mapped_is_read_no_more_by_whoever_waits_for_it(
+    device: Device, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    pair = odd_pair()
+    addresses = pair.attach()
+    waiting = pair.pullers[1]
+    looks: list[int] = []
+
+    def read(target: int, source: int, nbytes: int, stream: int) -> None:
+        looks.append(source)
+        assert opened()
+        host_device.read_async(target, source, nbytes, stream)
+
+    def unmap() -> None:
+        """Between two looks, as another thread may."""
+        if how == "closed":
+            waiting.close()
+        else:
+            with pytest.raises(TransportUnavailable):
+                waiting.attach({0: Addresses((b"bad",), addresses.steps, (0, 0), {})})
+
+    def never(handle: bytes) -> int:
+        raise TransportUnavailable("cannot be mapped")
+
+    monkeypatch.setattr(board, "read_async", read)
+    monkeypatch.setattr(pull, "open_memory", never)
+    with pytest.raises(SyncAborted, match="the connection with actor 0 was given up"):
+        waiting.boards.wait(0, BEGUN, 4, Deadline(5), unmap)
+
+    assert len(looks) == 1
+    assert opened() == {}
 
 
 def test_a_step_before_any_run_is_refused(device: Device) -> None:
