@@ -32,6 +32,9 @@ class Board:
 
     def __init__(self, steps: int, device: torch.device) -> None:
         self.page = torch.zeros(_SUMS + steps, dtype=torch.int64, device=device)
+        self._device = device
+        # Comes after each post and before the next: what is taken back stays so, and harms no later run.
+        self._aside = torch.cuda.Stream(device)
 
     @property
     def sums(self) -> torch.Tensor:
@@ -44,7 +47,22 @@ class Board:
 
     def post(self, word: int, serial: int) -> None:
         """Write ``serial`` to a word, once all that the current stream holds is done."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_stream(self._aside)
         self.page[word : word + 1].fill_(serial)
+        self._aside.wait_stream(stream)
+
+    def take_back(self, serial: int, *, agreed: bool) -> None:
+        """
+        Let nobody who comes late take what was said of a run for valid: it has not begun, and will not be.
+
+        :param agreed: what was said of its end as well
+        """
+        with torch.cuda.stream(self._aside):
+            self.post(BEGUN, 0)
+            self.post(SUMMED, -serial)
+            if agreed:
+                self.post(AGREED, -serial)
 
 
 @dataclass(frozen=True, slots=True)

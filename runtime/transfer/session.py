@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -109,6 +110,7 @@ class Session:
         self._tables: Tables | None = None
         self._board: Board | None = None
         self._exported: Memory | None = None
+        self._rung: RunId | None = None
         self._stores: dict[str, torch.distributed.Store] = {}
         self._started: dict[tuple[RunId, int], Future[Reply]] = {}
         self._epoch = 0
@@ -167,8 +169,11 @@ class Session:
         with self._lock:
             run = self.run
             if run is None or run.name != name:
+                # It may have ended by itself; an actor that begins it only now must not read what is here by then.
+                self._take_back(name, agreed=False)
                 return
 
+            self._take_back(name, agreed=True)
             self.run = None
             self._epoch += 1
             self._ended = (name, reason)
@@ -188,6 +193,12 @@ class Session:
                 self._waits.close()
                 self.lane = Lane("wavecast-transfer")
                 self._waits = Lane("wavecast-arrivals")
+
+    def _take_back(self, name: RunId, *, agreed: bool) -> None:
+        if self._board is not None and self._rung == name:
+            # On a device that has failed there is nothing left to take back.
+            with contextlib.suppress(RuntimeError):
+                self._board.take_back(name.serial, agreed=agreed)
 
     def close(self) -> None:
         """Release everything. The session must not be used again."""
@@ -260,6 +271,7 @@ class Session:
 
         Nothing rings for memory that is not, or no longer, where the others believe it to be.
         """
+        self._rung = run.name
         if self._board is None or run.memory is not self._exported:
             return
 
@@ -276,7 +288,7 @@ class Session:
         """
         run.peers = peers
         run.close = close
-        if self._board is None:
+        if self._board is None and run.memory.device.type == "cuda":
             # Nobody reads it: this actor sends nothing, and is the only one that receives.
             self._board = Board(0, run.memory.device)
 

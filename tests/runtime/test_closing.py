@@ -38,7 +38,7 @@ from wavecast.runtime import (
 )
 from wavecast.runtime.opening import head_starts
 from wavecast.runtime.transfer.board import AGREED, BEGUN
-from wavecast.runtime.transfer.messages import Began, Begin, Close, Commit, RunId, RunStep, Standing
+from wavecast.runtime.transfer.messages import Abort, Began, Begin, Close, Commit, RunId, RunStep, Standing
 from wavecast.runtime.transfer.pull import Puller
 
 __all__ = ("local", "machine", "pool")
@@ -290,6 +290,11 @@ async def test_torn_weights_of_a_source_are_refused_and_no_receiver_is_left_wait
         looking = listening(machine, {2, 3})
         sync = asyncio.ensure_future(group.sync())
         await looking.wait()
+        machine.advance()
+        (session,) = source._sessions.values()
+        assert session._board is not None
+        serial = int(session._board.page[BEGUN])
+        assert session._board.page[: AGREED + 1].tolist() == [serial, -serial, -serial]
         gate.set()
         start = time.monotonic()
         with pytest.raises(SyncError, match="a source's weights are torn"):
@@ -297,10 +302,6 @@ async def test_torn_weights_of_a_source_are_refused_and_no_receiver_is_left_wait
 
         assert time.monotonic() - start < 1
         assert commits(stage) == [[1]] * 2
-        (session,) = source._sessions.values()
-        assert session._board is not None
-        serial = int(session._board.page[BEGUN])
-        assert session._board.page[: AGREED + 1].tolist() == [serial, -serial, -serial]
         source._written_by, source._was_torn = None, False
         await group.sync()
         assert stage.arrived()
@@ -485,6 +486,44 @@ async def test_a_driver_that_dies_while_receivers_wait_leaves_them_free_for_the_
     await group.aclose()
     for lane in lanes:
         lane.join(5)
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+async def test_an_actor_that_begins_after_the_others_were_given_up_reads_nothing_and_does_not_commit(
+    machine: Machine, checksum: bool
+) -> None:
+    """As one that was stopped meanwhile. Senders had ended the run by then, and the peer had found all in place."""
+    stage = GpuStage(machine)
+    waiting, late = stage.replicas[0]
+    async with group_of(stage, checksum=checksum) as group:
+        await warm(stage, group)
+        gpu_actor(late).held[Begin] = asyncio.Event()
+        looking = agreeing(stage, waiting, late)
+        sync = asyncio.ensure_future(group.sync())
+        await looking.wait()
+        sync.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sync
+
+        # The trainers go on.
+        stage.renew(55)
+        (begin,) = [request for request in late.asked[-STEPS - 2 :] if isinstance(request, Begin)]
+        (abort,) = [request for request in late.asked if isinstance(request, Abort)]
+        assert begin.close is not None
+        before = stage.bits()
+        machine.reads.clear()
+        looking = listening(machine, {gpu_actor(late).gpu.index})
+        assert isinstance(await late.agent.serve_async(begin, ThreadHost()), Began)
+        await looking.wait()
+        machine.on_listen = lambda gpu, address: None
+        assert machine.reads == []
+        assert stage.bits() == before
+        await late.agent.serve_async(abort, ThreadHost())
+        assert commits(stage) == [[1]] * 2
+        gpu_actor(late).held.clear()
+        await group.sync()
+        assert stage.arrived()
+        await is_ahead(stage, group)
 
 
 # No board is read that is not mapped (the machine of every test here looks at that as well).

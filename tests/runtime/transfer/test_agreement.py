@@ -190,6 +190,19 @@ def test_a_board_has_words_and_room_for_sums() -> None:
     assert [own.has_room(steps) for steps in (0, 3, 4)] == [True, True, False]
 
 
+def test_what_was_said_of_a_run_is_taken_back_and_a_later_run_says_it_again() -> None:
+    own = Board(0, CPU)
+    for word in (BEGUN, SUMMED, AGREED):
+        own.post(word, SERIAL)
+
+    own.take_back(SERIAL, agreed=False)
+    assert own.page.tolist() == [0, -SERIAL, SERIAL]
+    own.take_back(SERIAL, agreed=True)
+    assert own.page.tolist() == [0, -SERIAL, -SERIAL]
+    own.post(BEGUN, SERIAL + 1)
+    assert own.page.tolist() == [SERIAL + 1, -SERIAL, -SERIAL]
+
+
 def test_sums_are_read_at_once_and_no_more_of_them_than_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     own, boards = Board(5, CPU), Boards(CPU)
     own.sums.copy_(torch.tensor([10, 11, 12, 13, 14]))

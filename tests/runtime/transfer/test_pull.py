@@ -321,7 +321,7 @@ def test_tensors_that_follow_each_other_are_one_copy_within_an_allocation_and_ne
     elements, nbytes = 1 << 10, 1 << 12
 
     def row(border: int) -> list[Shard]:
-        held = torch.zeros(1 << 15, dtype=torch.int32)
+        held = torch.zeros(1 << 16, dtype=torch.int32)
         start = (-held.data_ptr() % (1 << 16)) // 4 + (1 << 14) - border * elements
         views = [held[start + number * elements :][:elements] for number in range(6)]
         assert all(view.data_ptr() >> 16 == (view.data_ptr() + nbytes - 1) >> 16 for view in views)
