@@ -410,7 +410,7 @@ class Agent:
         """
         Ask the user's hook; what it returned the last time is taken as it was where it has not changed.
 
-        :param in_haste: a shape that changed in place may go unnoticed here: what starts at once finds it on its way
+        :param in_haste: a sample will do here: what starts at once looks at each tensor before it touches it
         """
         shards = _listed(self._shards())
         if self._memory is not None:

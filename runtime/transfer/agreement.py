@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from wavecast.runtime.transfer.board import AGREED, SUMMED, Board, Boards
 from wavecast.runtime.transfer.comm import Deadline
 from wavecast.runtime.transfer.program import Program
@@ -47,9 +45,7 @@ def agree(ending: Ending, program: Program, sums: Sequence[int], board: Board, p
     :param sums: of this actor's steps, in program order; empty when checksums are off
     :raises MoveTimeout: when somebody had not said anything by the deadline
     """
-    with torch.cuda.stream(puller.sums):
-        board.post(SUMMED, ending.serial)
-
+    board.post(SUMMED, ending.serial)
     received = [step for step in program.steps if step.sender != ending.actor]
     if not received:
         return True
@@ -60,9 +56,7 @@ def agree(ending: Ending, program: Program, sums: Sequence[int], board: Board, p
             own[step.sender][step.task] = total
 
     in_place = all(_same(ending, puller.boards, sender, totals) for sender, totals in own.items())
-    with torch.cuda.stream(puller.sums):
-        board.post(AGREED, ending.serial if in_place else -ending.serial)
-
+    board.post(AGREED, ending.serial if in_place else -ending.serial)
     return in_place and all(
         puller.boards.wait(peer, AGREED, ending.serial, ending.deadline, ending.check) for peer in ending.peers
     )

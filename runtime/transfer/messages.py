@@ -354,13 +354,14 @@ class Addresses:
 
     :ivar handles: of its allocations
     :ivar steps: by task id: for each cut the number of its handle, its offset there and its strides, as int64 bytes
-    :ivar board: the number of a handle and the offset there of its :class:`~wavecast.runtime.transfer.board.Board`
+    :ivar board: the number of a handle, the offset there of its :class:`~wavecast.runtime.transfer.board.Board`, and
+        for how many steps that has room
     :ivar places: by task id: the step's position in the actor's program, and so its sum's on the board
     """
 
     handles: tuple[bytes, ...]
     steps: dict[int, bytes]
-    board: tuple[int, int]
+    board: tuple[int, int, int]
     places: dict[int, int]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from wavecast.runtime import errors
 from wavecast.runtime.transfer.agreement import Ending, agree
-from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Board
+from wavecast.runtime.transfer.board import AGREED, SUMMED, Board
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence
 from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
 from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
@@ -31,7 +31,7 @@ from wavecast.runtime.transfer.messages import (
     StepDone,
 )
 from wavecast.runtime.transfer.program import Bucket, Program, Step, fill_buckets
-from wavecast.runtime.transfer.pull import Puller, export_addresses
+from wavecast.runtime.transfer.pull import Puller, Turn, export_addresses
 from wavecast.runtime.transfer.sealed_store import SealedStore
 from wavecast.runtime.transfer.staging import Leg, Staging
 
@@ -47,6 +47,7 @@ class Run:
 
     :ivar host_seconds: what this actor's threads spent on it, waits left out
     :ivar peers: the actors that must have found their weights in place for the run to close by itself
+    :ivar rung: peers have been told that it has begun
     :ivar close: ends the run on this actor; ``None`` when the driver does
     """
 
@@ -58,6 +59,7 @@ class Run:
         self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
         self.peers: tuple[int, ...] = ()
         self.close: Callable[[], object] | None = None
+        self.rung = False
         self.given_up = ""
         self.copier: Copier | None = None
         self.tally: Tally | None = None
@@ -244,7 +246,7 @@ class Session:
         """Say where the cuts lie that others pull from this actor, and let them. On the lane."""
         run, program = self.current(name), self._loaded()
         steps = len(program.steps)
-        if self._board is None or not self._board.has_room(steps):
+        if self._board is None or self._board.steps < steps:
             self._board = Board(steps, run.memory.device)
 
         addresses = export_addresses(program, self.memory_of(run), self._board)
@@ -261,10 +263,8 @@ class Session:
         if self._board is None or run.memory is not self._exported:
             return
 
-        if run.ready is not None:
-            torch.cuda.current_stream(run.memory.device).wait_event(run.ready)
-
-        self._board.post(BEGUN, run.name.serial)
+        self._board.begin(run.name.serial, run.ready)
+        run.rung = True
 
     def let_close(self, run: Run, peers: tuple[int, ...], close: Callable[[], object]) -> None:
         """
@@ -388,7 +388,7 @@ class Session:
 
         step = program.steps[request.step]
         if request.step == 0:
-            self._begin_steps(run, program)
+            self._begin_steps(run, program, deadline)
 
         if run.actor != step.sender:
             run.wrote = True
@@ -397,23 +397,29 @@ class Session:
             for stream in self._staging.streams():
                 self._puller.join(stream)
 
-        if step.pull and run.actor != step.sender:
-            waited = time.perf_counter()
-            boards = self._pulling(run.memory).boards
-            boards.wait(step.sender, BEGUN, run.name.serial, deadline, run.check)
-            started += time.perf_counter() - waited
-
-        fences = self._pull(run, step, request.step) if step.pull else self._move(run, step, request.step, deadline)
-        run.host_seconds += time.perf_counter() - started
+        waited = self._waited_seconds
+        fences = (
+            self._pull(run, step, request.step, deadline)
+            if step.pull
+            else self._move(run, step, request.step, deadline)
+        )
+        run.host_seconds += time.perf_counter() - started - (self._waited_seconds - waited)
         return fences
 
-    def _begin_steps(self, run: Run, program: Program) -> None:
+    @property
+    def _waited_seconds(self) -> float:
+        return self._puller.boards.waited_seconds if self._puller is not None else 0.0
+
+    def _begin_steps(self, run: Run, program: Program, deadline: Deadline) -> None:
         memory = self.memory_of(run)
         if self._staging is not None:
             self._staging.begin(run.ready)
 
         if any(step.pull for step in program.steps):
-            self._pulling(memory).begin(memory, run.ready)
+            puller = self._pulling(memory)
+            puller.begin(memory, run.ready)
+            if run.rung and self._board is not None:
+                puller.vouch(program, self._board, self._turn(run, deadline))
 
         if program.kernels:
             if self._tables is None or self._tables.memory is not memory:
@@ -426,16 +432,19 @@ class Session:
 
     def _tally(self, steps: int, device: torch.device) -> Tally:
         board = self._board
-        return Tally(steps, device, board.sums if board is not None and board.has_room(steps) else None)
+        return Tally(steps, device, board.sums if board is not None and board.steps >= steps else None)
 
-    def _pull(self, run: Run, step: Step, index: int) -> Sequence[Fence]:
+    def _turn(self, run: Run, deadline: Deadline) -> Turn:
+        return Turn(run.name.serial, deadline, run.check, lambda: bool(run.given_up))
+
+    def _pull(self, run: Run, step: Step, index: int, deadline: Deadline) -> Sequence[Fence]:
         puller = self._pulling(run.memory)
         total = run.tally.total(index, puller.sums) if run.tally is not None else None
         if run.actor == step.sender:
             puller.send(step, total)
             return ()
 
-        return [CudaFence(event, lambda: bool(run.given_up)) for event in puller.receive(step, total)]
+        return puller.receive(step, total, self._turn(run, deadline))
 
     def _move(self, run: Run, step: Step, index: int, deadline: Deadline) -> Sequence[Fence]:
         staging, copier = self._staging, run.copier
@@ -474,11 +483,6 @@ class Session:
         def arrive(fences: Sequence[Fence]) -> Reply:
             deadline = Deadline(request.seconds)
             last = request.step + 1 == len(self._loaded().steps)
-            if last:
-                # While the device is at work: this takes a while. What was read or written at another place than the
-                # user's tensor shows in what is left to look at in the end.
-                run.memory.require_still()
-
             for fence in fences:
                 fence.wait(deadline)
 
@@ -500,7 +504,9 @@ class Session:
     def _finish(self, run: Run, deadline: Deadline) -> Finished:
         """Wait until all that was written is in place; return the sums of the run's steps."""
         program, staging, puller = self._loaded(), self._staging, self._puller
-        run.memory.require_in_place()
+        if any(not step.pull or step.sender == run.actor for step in program.steps):
+            run.memory.require_still()
+
         if staging is not None:
             staging.finish(deadline)
 
