@@ -102,14 +102,22 @@ class Memory:
         step = max(len(self._views) // _SAMPLE, 1)
         return Watch(self, range(0, len(self._views), step)).is_still()
 
-    def watch(self, cuts: Iterable[Cut]) -> Watch:
-        """Return what tells whether all tensors that hold one of ``cuts`` are what and where they were."""
+    def watch(self, cuts: Iterable[Cut], seen: set[int] | None = None) -> Watch:
+        """
+        Return what tells whether all tensors that hold one of ``cuts`` are what and where they were.
+
+        :param seen: those that need not be looked at again; the others are added
+        """
         if not self._numbers:
             self._numbers = {id(view): number for number, view in enumerate(self._views)}
 
         held = (shard.view for cut in cuts for shard in self._holders(cut))
-        numbers = dict.fromkeys(self._numbers[id(view)] for view in held if isinstance(view, torch.Tensor))
-        return Watch(self, tuple(numbers))
+        found = dict.fromkeys(self._numbers[id(view)] for view in held if isinstance(view, torch.Tensor))
+        numbers = [number for number in found if seen is None or number not in seen]
+        if seen is not None:
+            seen.update(numbers)
+
+        return Watch(self, numbers)
 
     def require_still(self) -> None:
         """

@@ -259,16 +259,15 @@ class Puller:
                 for table in self._sums_of(step):
                     sum_source(table, total, hurry=self._crowded)
 
-    def receive(self, step: Step, total: torch.Tensor | None, turn: Turn) -> list[Fence]:
+    def receive(self, step: Step, total: torch.Tensor | None, turn: Turn) -> Iterator[Fence]:
         """
-        Queue the copies of ``step``, and the sums of what they wrote; return the fences after which it has arrived.
+        Queue the copies of ``step`` and the sums of what they wrote, part by part; yield the fence of each part.
 
         What the sender vouches for is fetched while it looks at the rest. So are the tensors written to, before.
 
         :raises LayoutError: for a tensor that is not what or where it was
         :raises MoveTimeout: when the sender does not vouch for all of it by the deadline
         """
-        fences: list[Fence] = []
         for part in self._parts_of(step):
             self.boards.wait_vouched(step.sender, step.task, turn.serial, part.needs, turn.deadline, turn.check)
             part.watch.require_still()
@@ -281,9 +280,7 @@ class Puller:
                     for table in part.sums:
                         sum_source(table, total, hurry=self._crowded)
 
-            fences.append(_Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch))
-
-        return fences
+            yield _Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch)
 
     def _start(self, part: _Part, *, near: bool) -> list[torch.cuda.Event]:
         """Queue the copies of a part; return the events after them."""
@@ -342,10 +339,11 @@ class Puller:
 
     def _lent(self, program: Program) -> tuple[_Lent, ...]:
         if self._lending is None:
-            memory = self._held()
+            memory, seen = self._held(), set[int]()
+            # What stays on this GPU has time: it is copied beside what takes a link.
             parts = (
-                _lend(place, step, memory)
-                for place, step in enumerate(program.steps)
+                _lend(place, step, memory, seen)
+                for place, step in sorted(enumerate(program.steps), key=lambda each: each[1].near)
                 if step.pull and step.sender == program.actor
             )
             turns = itertools.chain.from_iterable(itertools.zip_longest(*parts))
@@ -482,8 +480,12 @@ def _touched(starts: Sequence[int], spans: Iterable[tuple[int, int]]) -> list[in
     return sorted(found)
 
 
-def _lend(place: int, step: Step, memory: Memory) -> Iterator[_Lent]:
-    """Yield the cuts of ``step`` in wire order, put together to parts that grow from a small one."""
+def _lend(place: int, step: Step, memory: Memory, seen: set[int]) -> Iterator[_Lent]:
+    """
+    Yield the cuts of ``step`` in wire order, put together to parts that grow from a small one.
+
+    :param seen: tensors of parts that are vouched for before; those of each part are added
+    """
     room = _LEAST_PART_NBYTES
     lent: list[Cut] = []
     used = 0
@@ -491,7 +493,7 @@ def _lend(place: int, step: Step, memory: Memory) -> Iterator[_Lent]:
         lent.append(cut)
         used += cut.nbytes
         if used >= room or cut is step.cuts[-1]:
-            yield _Lent(place, wire + cut.nbytes, memory.watch(lent))
+            yield _Lent(place, wire + cut.nbytes, memory.watch(lent, seen))
             room *= _GROWTH
             lent, used = [], 0
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 
 import torch
@@ -48,6 +49,7 @@ class Run:
     :ivar host_seconds: what this actor's threads spent on it, waits left out
     :ivar peers: the actors that must have found their weights in place for the run to close by itself
     :ivar rung: peers have been told that it has begun
+    :ivar opened: its first step has been queued
     :ivar close: ends the run on this actor; ``None`` when the driver does
     """
 
@@ -60,6 +62,7 @@ class Run:
         self.peers: tuple[int, ...] = ()
         self.close: Callable[[], object] | None = None
         self.rung = False
+        self.opened = False
         self.given_up = ""
         self.copier: Copier | None = None
         self.tally: Tally | None = None
@@ -129,11 +132,22 @@ class Session:
         return run
 
     def start_ahead(self, requests: Sequence[RunStep]) -> None:
-        """Start steps whose own calls are on their way."""
-        # Kept beyond the end of the run, which may come before the calls.
+        """
+        Start steps whose own calls are on their way: the first ones of the run that has just begun.
+
+        What they became is kept beyond the end of the run, which may come before the calls.
+        """
         self._started = {}
-        for request in requests:
-            self._started[request.run, request.step] = self.enqueue(request)
+        if not requests:
+            return
+
+        with self._lock:
+            run = self.current(requests[0].run)
+            run.next_step = len(requests)
+            queued = self.lane.submit(lambda: self._steps(run, requests))
+            for request in requests:
+                future = self._started[request.run, request.step] = _promised()
+                self._await(_item(queued, request.step), run, request, future)
 
     def enqueue(self, request: RunStep) -> Future[Reply]:
         """
@@ -141,9 +155,7 @@ class Session:
 
         Of one that was started ahead this is what became of it.
         """
-        future: Future[Reply] = Future()
-        # A caller on an event loop that stops waiting must not cancel what is yet to be answered.
-        future.set_running_or_notify_cancel()
+        future = _promised()
         with self._lock:
             started_ahead = self._started.pop((request.run, request.step), None)
             if started_ahead is not None:
@@ -377,19 +389,40 @@ class Session:
 
     # Steps.
 
-    def _step(self, run: Run, request: RunStep) -> Sequence[Fence]:
+    def _steps(self, run: Run, requests: Sequence[RunStep]) -> list[list[Fence]]:
+        """Queue the run's first steps; return for each the fences after which its bytes have moved."""
+        program = self._loaded()
+        steps = [program.steps[request.step] for request in requests]
+        if not all(step.pull for step in steps):
+            return [self._step(run, request) for request in requests]
+
+        # Part by part in turns: all links are busy at once, and those first that are not on this GPU.
+        fences: list[list[Fence]] = [[] for _ in requests]
+        turns = [(fences[number], self._queue(run, request)) for number, request in enumerate(requests)]
+        turns = [turns[number] for number in sorted(range(len(steps)), key=lambda number: steps[number].near)]
+        with self._on_host(run):
+            while turns:
+                turns = [(found, parts) for found, parts in turns if _take_next(parts, found)]
+
+        return fences
+
+    def _step(self, run: Run, request: RunStep) -> list[Fence]:
         """Queue a step; return the fences after which its bytes have moved."""
-        started = time.perf_counter()
+        with self._on_host(run):
+            return list(self._queue(run, request))
+
+    def _queue(self, run: Run, request: RunStep) -> Iterator[Fence]:
         deadline = Deadline(request.seconds)
         run.check()
         program = self._loaded()
         if program.digest != request.digest:
             raise errors.SyncError(f"the actor has program {program.digest}, it was asked to run {request.digest}")
 
-        step = program.steps[request.step]
-        if request.step == 0:
+        if not run.opened:
+            run.opened = True
             self._begin_steps(run, program, deadline)
 
+        step = program.steps[request.step]
         if run.actor != step.sender:
             run.wrote = True
 
@@ -397,14 +430,18 @@ class Session:
             for stream in self._staging.streams():
                 self._puller.join(stream)
 
-        waited = self._waited_seconds
-        fences = (
+        yield from (
             self._pull(run, step, request.step, deadline)
             if step.pull
             else self._move(run, step, request.step, deadline)
         )
+
+    @contextlib.contextmanager
+    def _on_host(self, run: Run) -> Iterator[None]:
+        """Count what this thread spends on the run."""
+        started, waited = time.perf_counter(), self._waited_seconds
+        yield
         run.host_seconds += time.perf_counter() - started - (self._waited_seconds - waited)
-        return fences
 
     @property
     def _waited_seconds(self) -> float:
@@ -437,7 +474,7 @@ class Session:
     def _turn(self, run: Run, deadline: Deadline) -> Turn:
         return Turn(run.name.serial, deadline, run.check, lambda: bool(run.given_up))
 
-    def _pull(self, run: Run, step: Step, index: int, deadline: Deadline) -> Sequence[Fence]:
+    def _pull(self, run: Run, step: Step, index: int, deadline: Deadline) -> Iterable[Fence]:
         puller = self._pulling(run.memory)
         total = run.tally.total(index, puller.sums) if run.tally is not None else None
         if run.actor == step.sender:
@@ -476,11 +513,11 @@ class Session:
         buckets = self.buckets_of(step + 1)
         return buckets[0] if buckets else None
 
-    def _await(self, started: Future[Sequence[Fence]], run: Run, request: RunStep, outer: Future[Reply]) -> None:
+    def _await(self, started: Future[list[Fence]], run: Run, request: RunStep, outer: Future[Reply]) -> None:
         """Answer a step once its bytes have moved; the last one once everything is in place."""
         waits = self._waits
 
-        def arrive(fences: Sequence[Fence]) -> Reply:
+        def arrive(fences: list[Fence]) -> Reply:
             deadline = Deadline(request.seconds)
             last = request.step + 1 == len(self._loaded().steps)
             for fence in fences:
@@ -492,7 +529,7 @@ class Session:
             finished = self._finish(run, deadline)
             return StepDone(finished, closed=self._close_run(run, finished, deadline))
 
-        def queued(done: Future[Sequence[Fence]]) -> None:
+        def queued(done: Future[list[Fence]]) -> None:
             error = done.exception()
             if error is not None:
                 outer.set_exception(error)
@@ -540,6 +577,37 @@ def _come_to_rest(puller: Puller | None, staging: Staging | None) -> None:
     if staging is not None:
         for stream in staging.streams():
             stream.synchronize()
+
+
+def _take_next(parts: Iterator[Fence], found: list[Fence]) -> bool:
+    """Add the next of ``parts`` to ``found``; tell whether there was one."""
+    for part in parts:
+        found.append(part)
+        return True
+
+    return False
+
+
+def _promised() -> Future[Reply]:
+    """Return what will be answered: a caller on an event loop that stops waiting must not cancel that."""
+    future: Future[Reply] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def _item(several: Future[list[list[Fence]]], index: int) -> Future[list[Fence]]:
+    """Return the future of one item of a list."""
+    one: Future[list[Fence]] = Future()
+
+    def pick(done: Future[list[list[Fence]]]) -> None:
+        error = done.exception()
+        if error is not None:
+            one.set_exception(error)
+        else:
+            one.set_result(done.result()[index])
+
+    several.add_done_callback(pick)
+    return one
 
 
 def pass_on(inner: Future[Reply], outer: Future[Reply]) -> None:

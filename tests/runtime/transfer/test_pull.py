@@ -211,7 +211,7 @@ def test_without_sums_nothing_is_summed_up(device: Device, monkeypatch: pytest.M
     pair.pullers[0].vouch(program(0, *pair.steps), pair.board, turn(1))
     for step in pair.steps:
         pair.pullers[0].send(step, None)
-        pair.pullers[1].receive(step, None, turn(1))
+        list(pair.pullers[1].receive(step, None, turn(1)))
 
     device.drain()
     assert arrived(pair)
@@ -233,7 +233,7 @@ def test_a_receiver_pulls_from_two_senders(device: Device) -> None:
     for part, step in enumerate(steps):
         boards[part].begin(7 + part, None)
         boards[part].vouch(0, 80)
-        puller.receive(step, None, turn(7 + part))
+        list(puller.receive(step, None, turn(7 + part)))
 
     device.drain()
     assert torch.equal(target, torch.cat(views))
@@ -370,7 +370,7 @@ def test_a_step_before_any_run_is_refused(device: Device) -> None:
     pair = odd_pair()
     pair.attach()
     with pytest.raises(SyncError, match="before the run began"):
-        pair.pullers[1].receive(pair.steps[0], None, turn(1))
+        list(pair.pullers[1].receive(pair.steps[0], None, turn(1)))
 
 
 def test_what_joins_a_puller_comes_after_its_work_and_before_what_follows(device: Device) -> None:
@@ -385,12 +385,12 @@ def test_what_joins_a_puller_comes_after_its_work_and_before_what_follows(device
     target = pair.memories[1].targets(pair.steps[2].cuts[0])[0]
     pair.board.begin(1, None)
     pair.pullers[0].vouch(program(0, *pair.steps), pair.board, turn(1))
-    pair.pullers[1].receive(pair.steps[0], None, turn(1))
+    list(pair.pullers[1].receive(pair.steps[0], None, turn(1)))
     pair.pullers[1].join(stream)  # type: ignore[arg-type]
     stream.put(lambda: seen.append(bool(pair.memories[1].targets(pair.steps[0].cuts[2])[0].any())))
     stream.put(lambda: seen.append(bool(target.any())))
     pair.pullers[1].join(stream)  # type: ignore[arg-type]
-    pair.pullers[1].receive(pair.steps[2], None, turn(1))
+    list(pair.pullers[1].receive(pair.steps[2], None, turn(1)))
     device.drain()
     assert seen == [True, False]
     assert target.any()
