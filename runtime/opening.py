@@ -42,7 +42,12 @@ def head_starts(
         close = None
         if versions is not None:
             peers = tuple(peer for peer in preparation.agreeing if peer != actor)
-            close = CloseRun(versions[actor], known.digests[actor], peers if actor in preparation.agreeing else ())
+            close = CloseRun(
+                versions[actor],
+                known.versions.newest,
+                known.digests[actor],
+                peers if actor in preparation.agreeing else (),
+            )
 
         found.append(HeadStart(ahead, close))
 

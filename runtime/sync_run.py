@@ -236,6 +236,10 @@ class SyncRun:
         if self.request.from_peer or self._known.hooked or self._options.staging != "in_place":
             return False
 
+        if self._options.task_allowance is not None:
+            # An actor's last task ends with the last of all receivers': that is no measure of its own.
+            return False
+
         return bool(preparation.agreeing) and not (self._options.release_communicators and self._connection.transport)
 
     def _fits(self, began: list[Began], preparation: Preparation) -> bool:

@@ -360,7 +360,7 @@ class Agent:
             own.run = run
             own.ring(run)
             if request.close is not None:
-                self._let_close(own, run, request.close, before)
+                self._let_close(own, run, request.close, before, idle=not request.ahead)
 
             own.start_ahead(request.ahead)
             early, self._early = self._early, []
@@ -381,14 +381,15 @@ class Agent:
             shadow_bytes=self._shadow.nbytes if self._shadow is not None and request.shadow else 0,
         )
 
-    def _let_close(self, session: Session, run: Run, close: CloseRun, before: Standing) -> None:
+    def _let_close(self, session: Session, run: Run, close: CloseRun, before: Standing, *, idle: bool) -> None:
         """
         Let the run end by itself on this actor; at once where it has nothing to do in it.
 
-        Not where the driver would have refused to commit, had it known what this actor says at its begin.
+        Not where the driver would perhaps have refused to commit, had it known what this actor says at its begin.
         """
-        backwards = close.version is not None and before.version is not None and before.version > close.version
-        if backwards or close.layout != self._digest or (close.version is None and before.torn):
+        known = -1 if close.newest is None else close.newest
+        ahead = close.version is not None and before.version is not None and before.version > known
+        if ahead or close.layout != self._digest or (close.version is None and before.torn):
             session.refuse_to_close(run)
             return
 
@@ -397,7 +398,10 @@ class Agent:
             self._commit(session, commit)
             self._hooks.after(commit)
 
-        session.let_close(run, close.peers, end)
+        if idle:
+            end()
+        else:
+            session.let_close(run, close.peers, end)
 
     def _locate(self, host: Host, device: torch.device) -> Place:
         """Return where the shards are; an actor never leaves its node, so only its device may change."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from wavecast.runtime.transfer.board import AGREED, SUMMED, Board, Boards
+from wavecast.runtime.transfer.board import AGREED, SUMMED, Boards
 from wavecast.runtime.transfer.comm import Deadline
 from wavecast.runtime.transfer.program import Program
-from wavecast.runtime.transfer.pull import Puller
 
 __all__ = ("Ending", "agree")
 
@@ -23,6 +22,8 @@ class Ending:
     :ivar peers: the other receivers
     :ivar deadline: for what the others have to say
     :ivar check: raises once the run was given up
+    :ivar say: posts a word and a serial on this actor's board, after its sums; raises once the run was given up, so
+        that nobody hears of one that is over here
     """
 
     serial: int
@@ -30,9 +31,10 @@ class Ending:
     peers: tuple[int, ...]
     deadline: Deadline
     check: Callable[[], None]
+    say: Callable[[int, int], None]
 
 
-def agree(ending: Ending, program: Program, sums: Sequence[int], board: Board, puller: Puller) -> bool:
+def agree(ending: Ending, program: Program, sums: Sequence[int], boards: Boards) -> bool:
     """
     Tell whether the run went well for all, once that is certain.
 
@@ -44,8 +46,9 @@ def agree(ending: Ending, program: Program, sums: Sequence[int], board: Board, p
 
     :param sums: of this actor's steps, in program order; empty when checksums are off
     :raises MoveTimeout: when somebody had not said anything by the deadline
+    :raises SyncAborted: when the run was given up on this actor, or what it reads of another
     """
-    board.post(SUMMED, ending.serial)
+    ending.say(SUMMED, ending.serial)
     received = [step for step in program.steps if step.sender != ending.actor]
     if not received:
         return True
@@ -55,10 +58,10 @@ def agree(ending: Ending, program: Program, sums: Sequence[int], board: Board, p
         if step.sender != ending.actor:
             own[step.sender][step.task] = total
 
-    in_place = all(_same(ending, puller.boards, sender, totals) for sender, totals in own.items())
-    board.post(AGREED, ending.serial if in_place else -ending.serial)
+    in_place = all(_same(ending, boards, sender, totals) for sender, totals in own.items())
+    ending.say(AGREED, ending.serial if in_place else -ending.serial)
     return in_place and all(
-        puller.boards.wait(peer, AGREED, ending.serial, ending.deadline, ending.check) for peer in ending.peers
+        boards.wait(peer, AGREED, ending.serial, ending.deadline, ending.check) for peer in ending.peers
     )
 
 

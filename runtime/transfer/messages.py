@@ -112,11 +112,13 @@ class CloseRun:
     Ends a run on an actor by itself, once its steps are through and, where it receives, its sums are its senders'.
 
     :ivar version: as :attr:`Commit.version`; ``None`` at a source
+    :ivar newest: the newest version that the driver knows of: an actor that has a newer one leaves the end to it
     :ivar layout: digest of the layout the run was planned for
     :ivar peers: the actors that must have found the same before it does
     """
 
     version: int | None
+    newest: int | None
     layout: str
     peers: tuple[int, ...] = ()
 

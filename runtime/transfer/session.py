@@ -51,6 +51,7 @@ class Run:
     :ivar rung: peers have been told that it has begun
     :ivar opened: its first step has been queued
     :ivar close: ends the run on this actor; ``None`` when the driver does
+    :ivar failed: a step of it did, whoever has been told so yet
     """
 
     def __init__(self, name: RunId, actor: int, memory: Memory) -> None:
@@ -63,6 +64,7 @@ class Run:
         self.close: Callable[[], object] | None = None
         self.rung = False
         self.opened = False
+        self.failed = False
         self.given_up = ""
         self.copier: Copier | None = None
         self.tally: Tally | None = None
@@ -280,15 +282,13 @@ class Session:
 
     def let_close(self, run: Run, peers: tuple[int, ...], close: Callable[[], object]) -> None:
         """
-        Let ``run`` end by itself once its steps are through and ``peers`` agree; at once where there is nothing to do.
+        Let ``run`` end by itself once its steps are through and ``peers`` agree.
 
         :param close: ends it on this actor
         """
         run.peers = peers
         run.close = close
-        if self._program is not None and not self._program.steps:
-            close()
-        elif self._board is None:
+        if self._board is None:
             # Nobody reads it: this actor sends nothing, and is the only one that receives.
             self._board = Board(0, run.memory.device)
 
@@ -536,6 +536,10 @@ class Session:
             else:
                 pass_on(waits.submit(lambda: arrive(done.result())), outer)
 
+        def note(done: Future[Reply]) -> None:
+            run.failed = run.failed or done.exception() is not None
+
+        outer.add_done_callback(note)
         started.add_done_callback(queued)
 
     def _finish(self, run: Run, deadline: Deadline) -> Finished:
@@ -559,11 +563,24 @@ class Session:
 
     def _close_run(self, run: Run, finished: Finished, deadline: Deadline) -> bool:
         """End the run on this actor, if it may do so by itself and all agree; return whether it has ended."""
-        if run.close is None or self._board is None or self._puller is None:
+        board, puller = self._board, self._puller
+        if run.close is None or board is None or puller is None:
             return False
 
-        ending = Ending(run.name.serial, run.actor, run.peers, deadline, run.check)
-        if not agree(ending, self._loaded(), finished.checksums, self._board, self._puller):
+        def say(word: int, serial: int) -> None:
+            # Not once the run was given up: by then a later one may have said something.
+            with self._lock, torch.cuda.stream(puller.sums):
+                run.check()
+                board.post(word, serial)
+
+        if run.failed:
+            # Without sums nothing else would show it.
+            say(SUMMED, -run.name.serial)
+            say(AGREED, -run.name.serial)
+            return False
+
+        ending = Ending(run.name.serial, run.actor, run.peers, deadline, run.check, say)
+        if not agree(ending, self._loaded(), finished.checksums, puller.boards):
             return False
 
         run.close()

@@ -37,9 +37,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("local")]
 
 #: Two rows of 384 bytes and a scale, in chunks of at most 256, to one engine.
 STEPS = 4
-WARM = ["Begin", *["RunStep"] * STEPS, "Commit"]
-#: In shadow the engines are asked first whether they can commit.
-VOTED = [*WARM[:-1], "RunHook", WARM[-1]]
+#: The receivers end it among themselves, and each sender by itself: nobody is asked to commit.
+WARM = ["Begin", *["RunStep"] * STEPS]
+#: In shadow the driver commits, and the engines are asked first whether they can.
+COMMITTED = [*WARM, "Commit"]
+VOTED = [*WARM, "RunHook", "Commit"]
 POISON = 0x0BADF00D
 
 
@@ -91,25 +93,29 @@ async def is_ahead(stage: GpuStage, group: ParameterSyncGroup, seed: int = 200, 
     """Sync new weights, and require that it was warm."""
     stage.renew(seed)
     stage.take()
-    await group.sync()
+    report = await group.sync()
     assert stage.arrived()
     assert stage.ran_ahead()
+    assert {actor.agent.version for replica in stage.replicas for actor in replica} == {report.version}
     plain = len(stage.actors) - voting
-    assert stage.take() == [WARM] * plain + [VOTED] * voting
+    assert stage.take() == [COMMITTED if voting else WARM] * plain + [VOTED] * voting
 
 
 # What a warm sync asks.
 
 
-async def test_a_warm_sync_is_one_begin_the_steps_and_one_commit(machine: Machine) -> None:
+async def test_a_warm_sync_is_one_begin_and_the_steps_and_the_receivers_commit_among_themselves(
+    machine: Machine,
+) -> None:
     stage = GpuStage(machine)
     async with group_of(stage) as group:
         await group.sync()
         cold = ["RunStep"] * STEPS
         assert stage.take() == [
             *[["Begin", "Load", "Export", *cold, "Commit"]] * 2,
-            # The second engine's layout is another than the first's, both trainers' are those of the engines.
-            *[["Status", "Begin", "Describe", "Load", "Attach", *cold, "Commit"]] * 2,
+            # The second engine's layout is another than the first's, both trainers' are those of the engines. Engines
+            # read each other's boards, so they say where those are as well.
+            *[["Status", "Begin", "Describe", "Load", "Export", "Attach", *cold, "Commit"]] * 2,
         ]
         for number in range(1, 4):
             stage.renew(number)
@@ -117,6 +123,7 @@ async def test_a_warm_sync_is_one_begin_the_steps_and_one_commit(machine: Machin
             assert stage.ran_ahead()
             assert stage.take() == [WARM] * 4
             assert (report.version, report.planned, report.connected) == (number, False, False)
+            assert [actor.agent.version for actor in stage.actors] == [None, None, number, number]
 
 
 async def test_weights_arrive_bit_for_bit_and_all_of_them_are_pulled(machine: Machine) -> None:
@@ -172,7 +179,7 @@ async def test_sums_are_optional_and_a_chunk_may_be_all_there_is(machine: Machin
             assert stage.arrived()
 
         assert stage.ran_ahead()
-        assert stage.take() == [["Begin", "RunStep", "Commit"]] * 4
+        assert stage.take() == [["Begin", "RunStep"]] * 4
 
 
 # What has changed meanwhile.
@@ -190,7 +197,8 @@ async def test_a_senders_storage_that_moved_is_noticed_and_nothing_stale_is_pull
         ahead = stage.take()
         assert [kinds.count("Begin") for kinds in ahead] == [2] * 4
         assert [kinds.count("Abort") for kinds in ahead] == [1] * 4
-        assert [kinds.count("Export") for kinds in ahead] == [1, 1, 0, 0]
+        # Engines too, whose boards are mapped anew after the run that was given up.
+        assert [kinds.count("Export") for kinds in ahead] == [1, 1, 1, 1]
         assert [kinds.count("Attach") for kinds in ahead] == [0, 0, 1, 1]
         ranges = [(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * 4) for tensor in old]
         assert machine.reads
@@ -592,7 +600,7 @@ async def test_in_shadow_the_weights_stay_whole_until_the_commit(machine: Machin
         assert seen == [before]
         assert stage.arrived()
         assert stage.ran_ahead()
-        assert stage.take() == [WARM, WARM, VOTED, VOTED]
+        assert stage.take() == [COMMITTED, COMMITTED, VOTED, VOTED]
         assert report.shadow_bytes == 2 * ELEMENTS * 4 + 4
         corrupt(machine, stage.replicas[0][0])
         old = stage.bits()
