@@ -358,11 +358,15 @@ class Agent:
                 own = self._sessions[request.run.group] = self._make_session()
 
             own.run = run
-            own.ring(run)
-            if request.close is not None:
-                self._let_close(own, run, request.close, before, idle=not request.ahead)
+            if request.layout is not None and request.layout != self._digest:
+                own.refuse(run, request.ahead)
+            else:
+                own.ring(run)
+                if request.close is not None:
+                    self._let_close(own, run, request.close, before, idle=not request.ahead)
 
-            own.start_ahead(request.ahead)
+                own.start_ahead(request.ahead)
+
             early, self._early = self._early, []
 
         for waiting, future in early:
@@ -389,7 +393,7 @@ class Agent:
         """
         known = -1 if close.newest is None else close.newest
         ahead = close.version is not None and before.version is not None and before.version > known
-        if ahead or close.layout != self._digest or (close.version is None and before.torn):
+        if ahead or (close.version is None and before.torn):
             session.refuse_to_close(run)
             return
 

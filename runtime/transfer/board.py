@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from wavecast.runtime.errors import SyncAborted
+from wavecast.runtime.errors import LayoutError, SyncAborted
 from wavecast.runtime.transfer.comm import Deadline, MoveTimeout
 from wavecast.runtime.transfer.cuda_memory import make_current, read_async
 
 __all__ = ("AGREED", "BEGUN", "SUMMED", "Board", "Boards")
 
 #: Words of a board, each the serial of a run: the latest whose weights are at rest, whose sums are all there, and in
-#: which the actor has found everything in its place. The serial's negative says of the last two that it will not be.
+#: which the actor has found everything in its place. The serial's negative says that it is not so and will not be.
 BEGUN, SUMMED, AGREED = 0, 1, 2
 _STEPS = 3
 _WORD_NBYTES = 8
@@ -113,16 +113,29 @@ class Boards:
         heard = self._wait(peer, lambda words: abs(words[word]) == serial, _SAID[word], deadline, check)
         return heard[word] == serial
 
+    def reads(self, peer: int) -> bool:
+        """Tell whether this actor reads the board of ``peer``."""
+        return peer in self._peers
+
+    def wait_begun(self, peer: int, serial: int, deadline: Deadline, check: Callable[[], None]) -> None:
+        """
+        Block until ``peer`` has begun the run; as :meth:`wait`.
+
+        :raises LayoutError: when it holds another layout than the run was planned for
+        """
+        heard = self._wait(peer, lambda words: abs(words[BEGUN]) == serial, _SAID[BEGUN], deadline, check)
+        _require_begun(peer, serial, heard)
+
     def wait_vouched(
         self, peer: int, task: int, serial: int, nbytes: int, deadline: Deadline, check: Callable[[], None]
     ) -> None:
-        """Block until ``peer`` has begun the run and vouches for ``nbytes`` of ``task``; as :meth:`wait`."""
+        """Block until ``peer`` has begun the run and vouches for ``nbytes`` of ``task``; as :meth:`wait_begun`."""
         word = _STEPS + self._peer(peer).places[task]
 
-        def is_there(words: list[int]) -> bool:
-            return words[BEGUN] == serial and words[word] >= nbytes
+        def is_told(words: list[int]) -> bool:
+            return words[BEGUN] == -serial or (words[BEGUN] == serial and words[word] >= nbytes)
 
-        self._wait(peer, is_there, _SAID[BEGUN], deadline, check)
+        _require_begun(peer, serial, self._wait(peer, is_told, _SAID[BEGUN], deadline, check))
 
     def sums(self, peer: int, tasks: Collection[int]) -> dict[int, int]:
         """Return what ``peer`` has summed up for ``tasks``; only once it has posted that all is summed up."""
@@ -170,6 +183,11 @@ class Boards:
             read_async(self._found.data_ptr(), first, count * _WORD_NBYTES, self._stream.cuda_stream)
             self._stream.synchronize()
             return [int(value) for value in self._found[:count].tolist()]
+
+
+def _require_begun(peer: int, serial: int, heard: list[int]) -> None:
+    if heard[BEGUN] == -serial:
+        raise LayoutError(f"actor {peer} holds another layout than the one the run was planned for", actors=(peer,))
 
 
 _SAID = {BEGUN: "begun the run", SUMMED: "summed up what it sent", AGREED: "found its weights in place"}

@@ -12,7 +12,7 @@ import torch
 
 from wavecast.runtime import errors
 from wavecast.runtime.transfer.agreement import Ending, agree
-from wavecast.runtime.transfer.board import AGREED, SUMMED, Board
+from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Board
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence
 from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
 from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
@@ -48,7 +48,7 @@ class Run:
 
     :ivar host_seconds: what this actor's threads spent on it, waits left out
     :ivar peers: the actors that must have found their weights in place for the run to close by itself
-    :ivar rung: peers have been told that it has begun
+    :ivar lends: its memory is where peers that pull from it believe it to be
     :ivar opened: its first step has been queued
     :ivar close: ends the run on this actor; ``None`` when the driver does
     :ivar failed: a step of it did, whoever has been told so yet
@@ -62,7 +62,7 @@ class Run:
         self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
         self.peers: tuple[int, ...] = ()
         self.close: Callable[[], object] | None = None
-        self.rung = False
+        self.lends = False
         self.opened = False
         self.failed = False
         self.given_up = ""
@@ -270,15 +270,13 @@ class Session:
 
     def ring(self, run: Run) -> None:
         """
-        Let others pull from this actor in ``run``, as soon as what the device has to do before is done.
+        Tell others that ``run`` has begun, as soon as what the device has to do before is done.
 
-        Nothing rings for memory that is not, or no longer, where the others believe it to be.
+        Nothing will be vouched for that is not, or no longer, where they believe it to be.
         """
-        if self._board is None or run.memory is not self._exported:
-            return
-
-        self._board.begin(run.name.serial, run.ready)
-        run.rung = True
+        if self._board is not None:
+            self._board.begin(run.name.serial, run.ready)
+            run.lends = run.memory is self._exported
 
     def let_close(self, run: Run, peers: tuple[int, ...], close: Callable[[], object]) -> None:
         """
@@ -291,6 +289,18 @@ class Session:
         if self._board is None:
             # Nobody reads it: this actor sends nothing, and is the only one that receives.
             self._board = Board(0, run.memory.device)
+
+    def refuse(self, run: Run, requests: Sequence[RunStep]) -> None:
+        """Start none of the steps of ``run``: they were planned for another layout. Peers are told as well."""
+        error = errors.LayoutError("the actor holds another layout than the one the run was planned for")
+        if self._board is not None:
+            self._board.post(BEGUN, -run.name.serial)
+
+        self.refuse_to_close(run)
+        run.next_step = len(requests)
+        self._started = {(request.run, request.step): _promised() for request in requests}
+        for future in self._started.values():
+            future.set_exception(error)
 
     def refuse_to_close(self, run: Run) -> None:
         """Let nobody end ``run`` before the driver does: no peer that waits for this actor is left waiting."""
@@ -455,7 +465,7 @@ class Session:
         if any(step.pull for step in program.steps):
             puller = self._pulling(memory)
             puller.begin(memory, run.ready)
-            if run.rung and self._board is not None:
+            if run.lends and self._board is not None:
                 puller.vouch(program, self._board, self._turn(run, deadline))
 
         if program.kernels:
@@ -488,6 +498,8 @@ class Session:
         if staging is None or copier is None:
             raise errors.SyncError("the actor was asked to run before it was connected and had its program")
 
+        self._meet(run, step, deadline)
+
         leg = Leg(
             step=index,
             sender=step.sender,
@@ -500,6 +512,16 @@ class Session:
             check=run.check,
         )
         return staging.send(leg) if run.actor == step.sender else staging.receive(leg)
+
+    def _meet(self, run: Run, step: Step, deadline: Deadline) -> None:
+        """Enter no collective before all whose boards this actor reads have begun the run."""
+        if self._puller is None:
+            return
+
+        boards = self._puller.boards
+        for peer in (step.sender, *step.receivers):
+            if boards.reads(peer):
+                boards.wait_begun(peer, run.name.serial, deadline, run.check)
 
     def _ahead(self, step: int, run: Run, program: Program) -> Bucket | None:
         """Return the first bucket of the next step, when this actor sends it and had all of it from the start."""
