@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import inspect
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -316,6 +317,7 @@ class Agent:
         if self._hooks.abandoned:
             raise errors.SyncAborted("the run was given up while its hook was called")
 
+        started = time.perf_counter()
         live = self._read_shards(request.actor, in_haste=bool(request.ahead))
         shards = live.shards
         nan = count_nan(shards) if request.scan else ()
@@ -358,6 +360,7 @@ class Agent:
                 own = self._sessions[request.run.group] = self._make_session()
 
             own.run = run
+            run.spend(time.perf_counter() - started)
             if request.layout is not None and request.layout != self._digest:
                 own.refuse(run, request.ahead)
             else:

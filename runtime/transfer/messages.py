@@ -446,7 +446,7 @@ class Finished:
     :ivar checksums: for each step of the program, of the bytes sent, or of those found in the destination's memory
         afterwards; empty when checksums are off
     :ivar staging_bytes: extra memory held for staging
-    :ivar host_seconds: what the actor's own threads spent on the steps, waits left out
+    :ivar host_seconds: what the actor's own threads spent on the run, its begin included and waits left out
     """
 
     checksums: tuple[int, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import operator
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,12 +50,14 @@ class Turn:
 
     :ivar serial: of the run
     :ivar check: raises once the run was given up, and ``given_up`` tells
+    :ivar spend: is told what a thread that waits has spent on other things than waiting, in seconds
     """
 
     serial: int
     deadline: Deadline
     check: Callable[[], None]
     given_up: Callable[[], bool]
+    spend: Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,15 +90,18 @@ class _Lent:
 class _Arrival:
     """The fence of a part: its bytes are there, and so are the tensors they were meant for."""
 
-    def __init__(self, fences: Sequence[CudaFence], watch: Watch) -> None:
+    def __init__(self, fences: Sequence[CudaFence], watch: Watch, spend: Callable[[float], None]) -> None:
         self._fences = fences
         self._watch = watch
+        self._spend = spend
 
     def wait(self, deadline: Deadline) -> None:
         for fence in self._fences:
             fence.wait(deadline)
 
+        started = time.perf_counter()
         self._watch.require_in_place()
+        self._spend(time.perf_counter() - started)
 
 
 def why_not_shared(memory: Memory) -> str:
@@ -278,9 +284,9 @@ class Puller:
 
                 with torch.cuda.stream(self.sums):
                     for table in part.sums:
-                        sum_source(table, total, hurry=self._crowded)
+                        sum_source(table, total, hurry=self._crowded and not self._pulls_far)
 
-            yield _Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch)
+            yield _Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch, turn.spend)
 
     def _start(self, part: _Part, *, near: bool) -> list[torch.cuda.Event]:
         """Queue the copies of a part; return the events after them."""

@@ -75,6 +75,10 @@ class Run:
             self.ready = torch.cuda.Event()
             self.ready.record(torch.cuda.current_stream(memory.device))
 
+    def spend(self, seconds: float) -> None:
+        """Add to what this actor's threads spent on the run."""
+        self.host_seconds += seconds
+
     def check(self) -> None:
         """Raise once the run has been given up."""
         if self.given_up:
@@ -451,7 +455,7 @@ class Session:
         """Count what this thread spends on the run."""
         started, waited = time.perf_counter(), self._waited_seconds
         yield
-        run.host_seconds += time.perf_counter() - started - (self._waited_seconds - waited)
+        run.spend(time.perf_counter() - started - (self._waited_seconds - waited))
 
     @property
     def _waited_seconds(self) -> float:
@@ -482,7 +486,7 @@ class Session:
         return Tally(steps, device, board.sums if board is not None and board.steps >= steps else None)
 
     def _turn(self, run: Run, deadline: Deadline) -> Turn:
-        return Turn(run.name.serial, deadline, run.check, lambda: bool(run.given_up))
+        return Turn(run.name.serial, deadline, run.check, lambda: bool(run.given_up), run.spend)
 
     def _pull(self, run: Run, step: Step, index: int, deadline: Deadline) -> Iterable[Fence]:
         puller = self._pulling(run.memory)
@@ -567,8 +571,11 @@ class Session:
     def _finish(self, run: Run, deadline: Deadline) -> Finished:
         """Wait until all that was written is in place; return the sums of the run's steps."""
         program, staging, puller = self._loaded(), self._staging, self._puller
+        started = time.perf_counter()
         if any(not step.pull or step.sender == run.actor for step in program.steps):
             run.memory.require_still()
+
+        run.spend(time.perf_counter() - started)
 
         if staging is not None:
             staging.finish(deadline)
@@ -580,7 +587,7 @@ class Session:
         started = time.perf_counter()
         copier = run.copier
         sums = copier.sums(len(program.steps)) if copier is not None and program.checksum else []
-        run.host_seconds += time.perf_counter() - started
+        run.spend(time.perf_counter() - started)
         return Finished(tuple(sums), staging.nbytes if staging is not None else 0, run.host_seconds)
 
     def _close_run(self, run: Run, finished: Finished, deadline: Deadline) -> bool:

@@ -49,7 +49,7 @@ def packed(memory: Memory, cuts: Sequence[Cut]) -> bytes:
 
 
 def turn(serial: int) -> Turn:
-    return Turn(serial, Deadline(5), go_on, lambda: False)
+    return Turn(serial, Deadline(5), go_on, lambda: False, lambda seconds: None)
 
 
 class Pair:
