@@ -44,12 +44,19 @@ class Carriers:
     :ivar pulls: pairs of sender and receiver of which the receiver may read the sender's memory
     :ivar kernels: packing and summing up are done by fused kernels
     :ivar reasons: why the faster ways were not taken, for the report
+    :ivar unused: pairs as in ``pulls`` that are not to be used for weights
     """
 
     moved: str
     pulls: frozenset[tuple[int, int]] = field(default_factory=frozenset)
     kernels: bool = False
     reasons: tuple[str, ...] = ()
+    unused: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+
+    @property
+    def boards(self) -> frozenset[tuple[int, int]]:
+        """Pairs of which the second may read the first one's memory, whatever goes that way: its board does."""
+        return self.pulls | self.unused
 
 
 def choose_carriers(
@@ -78,7 +85,8 @@ def choose_carriers(
         if shared:
             raise TransportUnavailable("NCCL needs a GPU for each actor, these share one", actors=shared)
 
-        return Carriers("nccl", kernels=kernels)
+        unused, _ = _find_pulls(abilities, frozenset(refused)) if kernels else (frozenset(), ())
+        return Carriers("nccl", kernels=kernels, unused=unused)
 
     pulls, reasons = _find_pulls(abilities, frozenset(refused)) if not without and kernels else (frozenset(), ())
     one_node = len({place.node for place in places}) == 1

@@ -52,8 +52,12 @@ class Connection:
         self.transport = ""
 
     def serves(self, preparation: Preparation) -> bool:
-        """Tell whether all actors have their programs of ``preparation``, and receivers what they read of others."""
-        return self._digest == preparation.digest and self._attached.issuperset(_mapped(preparation))
+        """Tell whether actors have their programs of ``preparation``, communicators and what they read of others."""
+        return (
+            self._digest == preparation.digest
+            and self._attached.issuperset(_mapped(preparation))
+            and self._carries(preparation)
+        )
 
     def knows(self, preparation: Preparation, addresses: Sequence[int]) -> bool:
         """Tell whether what is pulled lies where the receivers believe it to be."""
@@ -69,15 +73,9 @@ class Connection:
         :param seconds: tells the time left
         :raises SyncError: when an actor failed, died, or was too slow
         """
-        needed = bool(preparation.groups or preparation.edges)
-        transport = preparation.carriers.moved
-        fits = not needed or (
-            self.transport == transport
-            and self._groups.issuperset(preparation.groups)
-            and self._edges.issuperset(preparation.edges)
-        )
+        fits = self._carries(preparation)
         if not fits:
-            await self._connect(preparation, transport, run, seconds())
+            await self._connect(preparation, preparation.carriers.moved, run, seconds())
 
         if self._digest != preparation.digest:
             await self._actors.ask_all({program.actor: Load(run, program) for program in preparation.packed}, Done)
@@ -86,6 +84,14 @@ class Connection:
 
         await self._attach(preparation, addresses, run)
         return not fits
+
+    def _carries(self, preparation: Preparation) -> bool:
+        """Tell whether there are communicators for all that is moved."""
+        return not (preparation.groups or preparation.edges) or (
+            self.transport == preparation.carriers.moved
+            and self._groups.issuperset(preparation.groups)
+            and self._edges.issuperset(preparation.edges)
+        )
 
     async def release(self, run: RunId) -> None:
         """Let all actors give their communicators back; the next :meth:`ensure` that needs them makes them anew."""
@@ -100,7 +106,8 @@ class Connection:
         stale = [
             pair
             for pair in _mapped(preparation)
-            if pair not in self._attached or now[pair[0]] != self._addresses.get(pair[0])
+            if pair not in self._attached
+            or (pair in preparation.pulls and now[pair[0]] != self._addresses.get(pair[0]))
         ]
         if not stale:
             return
@@ -149,7 +156,7 @@ class Connection:
 
 
 def _mapped(preparation: Preparation) -> tuple[tuple[int, int], ...]:
-    """Return who is read by whom: senders by those that pull, and the boards of those that agree by each other."""
+    """Return who is read by whom: senders by those that pull, and boards by those that meet or agree."""
     agreeing = preparation.agreeing
     both = ((one, other) for one in agreeing for other in agreeing if one != other)
-    return tuple(dict.fromkeys((*preparation.pulls, *both)))
+    return tuple(dict.fromkeys((*preparation.pulls, *preparation.meetings, *both)))

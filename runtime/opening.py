@@ -18,6 +18,7 @@ __all__ = ("HeadStart", "ask_versions", "begin", "head_starts")
 class HeadStart:
     """What an actor may do as soon as it has begun. The fields are those of :class:`Begin`."""
 
+    layout: str
     ahead: tuple[RunStep, ...]
     close: CloseRun | None
 
@@ -45,11 +46,10 @@ def head_starts(
             close = CloseRun(
                 versions[actor],
                 known.versions.newest,
-                known.digests[actor],
                 peers if actor in preparation.agreeing else (),
             )
 
-        found.append(HeadStart(ahead, close))
+        found.append(HeadStart(known.digests[actor], ahead, close))
 
     return found
 
@@ -87,6 +87,7 @@ async def begin(
             scan=request.validate and actor < known.sources,
             version=None if request.from_peer and actor < known.sources else version,
             shadow=in_shadow and actor >= known.sources,
+            layout=starts[actor].layout if starts else None,
             ahead=starts[actor].ahead if starts else (),
             close=starts[actor].close if starts else None,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
@@ -49,8 +49,11 @@ class Preparation:
     :ivar pulls: sender and receiver of tasks that the receiver pulls, in schedule order
     :ivar in_flight: tasks an actor is given at a time
     :ivar ahead: by actor: how many of its first steps may start with the run, before a task has finished
-    :ivar agreeing: the receivers, when all is pulled, all steps start with the run and the destinations' actors can
-        read each other's memory: they can end the run among themselves; else nothing
+    :ivar meetings: who reads the board of whom before a move that both take part in (the second the first one's), when
+        all members of all moves can: none enters one that another will not
+    :ivar is_safe_ahead: steps may start before all actors are known to have begun: what is pulled and what is met for
+    :ivar agreeing: the receivers, when that is so, all steps start with the run and the destinations' actors can read
+        each other's memory: they can end the run among themselves; else nothing
     :ivar pulled_nbytes: bytes that are pulled, of ``plan.nbytes``
     :ivar tensors: how many logical tensors are sent
     :ivar left_out: tensors of the destinations of which nothing is sent, in their order: not selected, or without a
@@ -72,6 +75,8 @@ class Preparation:
     pulls: tuple[tuple[int, int], ...]
     in_flight: int
     ahead: tuple[int, ...]
+    meetings: tuple[tuple[int, int], ...]
+    is_safe_ahead: bool
     agreeing: tuple[int, ...]
     pulled_nbytes: int
     tensors: int
@@ -157,7 +162,9 @@ def prepare(
     ids = frozenset(task.id for task in fetched)
     moved = [task for task in in_order if len(task.receivers) == 1 and task.id not in ids]
     longest = max((len(program.steps) for program in programs), default=1)
-    in_flight = options.in_flight or (_STAGED_IN_FLIGHT if moved or many else max(longest, 1))
+    meetings = _meetings([tuple(task.members) for task in in_order if task.id not in ids], carriers)
+    is_safe_ahead = bool(meetings) or not (moved or many)
+    in_flight = options.in_flight or (max(longest, 1) if is_safe_ahead else _STAGED_IN_FLIGHT)
     ahead = _count_ahead(driven, options.lookahead, in_flight, step_of)
     receivers = tuple(range(len(sources), len(programs)))
     return Preparation(
@@ -174,7 +181,9 @@ def prepare(
         pulls=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in fetched)),
         in_flight=in_flight,
         ahead=ahead,
-        agreeing=() if moved or many else _agreeing(receivers, programs, ahead, carriers),
+        meetings=meetings,
+        is_safe_ahead=is_safe_ahead,
+        agreeing=_agreeing(receivers, programs, ahead, carriers) if is_safe_ahead else (),
         pulled_nbytes=sum(task.nbytes for task in fetched),
         tensors=len(sent),
         left_out=tuple(name for name in wanted if name not in sent),
@@ -197,13 +206,19 @@ def _count_ahead(
     return tuple(counts)
 
 
+def _meetings(moves: Iterable[tuple[int, ...]], carriers: Carriers) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of members of ``moves``, if all may read each other's boards and what moves is a collective."""
+    pairs = tuple(dict.fromkeys((one, other) for move in moves for one in move for other in move if one != other))
+    return pairs if carriers.moved == "nccl" and carriers.boards.issuperset(pairs) else ()
+
+
 def _agreeing(
     receivers: tuple[int, ...], programs: Sequence[Program], ahead: Sequence[int], carriers: Carriers
 ) -> tuple[int, ...]:
     """Return ``receivers`` when they can end a run among themselves; one that waited for a step could never agree."""
     at_once = all(count == len(program.steps) for count, program in zip(ahead, programs, strict=True))
     busy = all(any(step.sender != actor for step in programs[actor].steps) for actor in receivers)
-    mapped = all((one, other) in carriers.pulls for one in receivers for other in receivers if one != other)
+    mapped = all((one, other) in carriers.boards for one in receivers for other in receivers if one != other)
     return receivers if at_once and busy and mapped else ()
 
 

@@ -137,8 +137,8 @@ class SyncRun:
         """
         Return what this sync will in all likelihood do, when its steps may be asked for before that is certain.
 
-        They may where all is pulled: a receiver begins with no sender that has not begun this run, or whose memory is
-        no longer where it was, and no collective can be entered by some and not by others.
+        They may where a receiver begins with no sender that has not begun this run, or whose memory is no longer where
+        it was, and no collective can be entered by some and not by others: their members look at each other's boards.
         """
         known, request = self._known, self.request
         if known.prepared is None or request.only is not None or request.validate or request.dry_run:
@@ -148,8 +148,8 @@ class SyncRun:
             return None
 
         (*_, names), preparation = known.prepared
-        staged = preparation.edges or preparation.groups
-        return preparation if names is None and not staged and self._connection.serves(preparation) else None
+        ready = names is None and preparation.is_safe_ahead and self._connection.serves(preparation)
+        return preparation if ready else None
 
     async def _run_ahead(self) -> _Moved | None:
         """

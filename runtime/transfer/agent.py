@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import inspect
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -316,6 +317,7 @@ class Agent:
         if self._hooks.abandoned:
             raise errors.SyncAborted("the run was given up while its hook was called")
 
+        started = time.perf_counter()
         live = self._read_shards(request.actor, in_haste=bool(request.ahead))
         shards = live.shards
         nan = count_nan(shards) if request.scan else ()
@@ -358,11 +360,16 @@ class Agent:
                 own = self._sessions[request.run.group] = self._make_session()
 
             own.run = run
-            own.ring(run)
-            if request.close is not None:
-                self._let_close(own, run, request.close, before, idle=not request.ahead)
+            run.spend(time.perf_counter() - started)
+            if request.layout is not None and request.layout != self._digest:
+                own.refuse(run, request.ahead)
+            else:
+                own.ring(run)
+                if request.close is not None:
+                    self._let_close(own, run, request.close, before, idle=not request.ahead)
 
-            own.start_ahead(request.ahead)
+                own.start_ahead(request.ahead)
+
             early, self._early = self._early, []
 
         for waiting, future in early:
@@ -389,7 +396,7 @@ class Agent:
         """
         known = -1 if close.newest is None else close.newest
         ahead = close.version is not None and before.version is not None and before.version > known
-        if ahead or close.layout != self._digest or (close.version is None and before.torn):
+        if ahead or (close.version is None and before.torn):
             session.refuse_to_close(run)
             return
 
@@ -414,7 +421,7 @@ class Agent:
         """
         Ask the user's hook; what it returned the last time is taken as it was where it has not changed.
 
-        :param in_haste: a shape that changed in place may go unnoticed here: what starts at once finds it on its way
+        :param in_haste: a sample will do here: what starts at once looks at each tensor before it touches it
         """
         shards = _listed(self._shards())
         if self._memory is not None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from wavecast.runtime.errors import SyncAborted
+from wavecast.runtime.errors import LayoutError, SyncAborted
 from wavecast.runtime.transfer.comm import Deadline, MoveTimeout
 from wavecast.runtime.transfer.cuda_memory import make_current, read_async
 
 __all__ = ("AGREED", "BEGUN", "SUMMED", "Board", "Boards")
 
 #: Words of a board, each the serial of a run: the latest whose weights are at rest, whose sums are all there, and in
-#: which the actor has found everything in its place. The serial's negative says of the last two that it will not be.
+#: which the actor has found everything in its place. The serial's negative says that it is not so and will not be.
 BEGUN, SUMMED, AGREED = 0, 1, 2
-#: Sums, one a step of the actor's program, follow the words.
-_SUMS = 3
+_STEPS = 3
 _WORD_NBYTES = 8
 
 
@@ -26,43 +26,53 @@ class Board:
     """
     An actor's own page of device memory, which its peers read and it alone writes.
 
-    :param steps: the most steps whose sums it has room for
+    Behind the words come, for each step of the actor's program, the bytes that it vouches for in the run that has
+    begun, and then, again for each step, its sum. All but the sums is written on one stream, in order.
+
+    :param steps: the most steps it has room for
     :ivar page: int64
     """
 
     def __init__(self, steps: int, device: torch.device) -> None:
-        self.page = torch.zeros(_SUMS + steps, dtype=torch.int64, device=device)
-        self._device = device
-        # Comes after each post and before the next: what is taken back stays so, and harms no later run.
-        self._aside = torch.cuda.Stream(device)
+        self.steps = steps
+        self.page = torch.zeros(_STEPS + 2 * steps, dtype=torch.int64, device=device)
+        self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @property
     def sums(self) -> torch.Tensor:
         """Where the steps' sums are."""
-        return self.page[_SUMS:]
+        return self.page[_STEPS + self.steps :]
 
-    def has_room(self, steps: int) -> bool:
-        """Tell whether the sums of so many steps can be on it."""
-        return len(self.page) >= _SUMS + steps
+    def begin(self, serial: int, ready: torch.cuda.Event | None) -> None:
+        """Say that a run has begun and nothing is vouched for yet, once ``ready`` has passed."""
+        if ready is not None:
+            self._stream.wait_event(ready)
 
-    def post(self, word: int, serial: int) -> None:
-        """Write ``serial`` to a word, once all that the current stream holds is done."""
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_stream(self._aside)
-        self.page[word : word + 1].fill_(serial)
-        self._aside.wait_stream(stream)
+        with torch.cuda.stream(self._stream):
+            self.page[_STEPS : _STEPS + self.steps].fill_(0)
+
+        self.post(BEGUN, serial)
+
+    def vouch(self, place: int, nbytes: int) -> None:
+        """Say that so many bytes of a step, in wire order, are where the peers believe them to be."""
+        self.post(_STEPS + place, nbytes)
+
+    def post(self, word: int, value: int) -> None:
+        """Write a word."""
+        with torch.cuda.stream(self._stream):
+            self.page[word : word + 1].fill_(value)
 
     def take_back(self, serial: int, *, agreed: bool) -> None:
         """
-        Let nobody who comes late take what was said of a run for valid: it has not begun, and will not be.
+        Let nobody who comes late take what was said of a run for valid: it has not begun, and will not end.
 
         :param agreed: what was said of its end as well
         """
-        with torch.cuda.stream(self._aside):
-            self.post(BEGUN, 0)
-            self.post(SUMMED, -serial)
-            if agreed:
-                self.post(AGREED, -serial)
+        self.post(BEGUN, 0)
+        self.post(SUMMED, -serial)
+        if agreed:
+            self.post(AGREED, -serial)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,7 @@ class _Peer:
     """:ivar places: by task id: the step's position in the peer's program"""
 
     address: int
+    steps: int
     places: Mapping[int, int]
 
 
@@ -78,6 +89,7 @@ class Boards:
     The boards of an actor's peers. May be used by several threads.
 
     :param device: the actor's GPU
+    :ivar waited_seconds: for what they were to say
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -85,15 +97,16 @@ class Boards:
         self._stream = torch.cuda.Stream(device)
         self._found = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         self._peers: dict[int, _Peer] = {}
-        self._heard: dict[tuple[int, int], int] = {}
+        self._heard: dict[int, list[int]] = {}
         # No board may be unmapped while it is read.
         self._lock = threading.Lock()
+        self.waited_seconds = 0.0
 
-    def attach(self, peer: int, address: int, places: Mapping[int, int]) -> None:
-        """Read the board of ``peer`` at ``address`` from now on."""
+    def attach(self, peer: int, address: int, steps: int, places: Mapping[int, int]) -> None:
+        """Read the board of ``peer``, which has room for so many steps, at ``address`` from now on."""
         with self._lock:
-            self._peers[peer] = _Peer(address, places)
-            self._heard = {heard: serial for heard, serial in self._heard.items() if heard[0] != peer}
+            self._peers[peer] = _Peer(address, steps, places)
+            self._heard.pop(peer, None)
 
     def detach(self, peers: Iterable[int]) -> None:
         """Read nothing of ``peers`` once this has returned: whoever waits for one of them is told."""
@@ -108,44 +121,84 @@ class Boards:
         :param check: raises once the run was given up
         :raises MoveTimeout: when the deadline passed first
         """
-        heard = self._heard.get((peer, word), 0)
-        while abs(heard) != serial:
-            heard = self._heard[peer, word] = self._read(peer, word, 1)[0]
-            check()
-            if abs(heard) != serial and deadline.passed:
-                raise MoveTimeout(f"actor {peer} had not {_SAID[word]} by the deadline")
+        heard = self._wait(peer, lambda words: abs(words[word]) == serial, _SAID[word], deadline, check)
+        return heard[word] == serial
 
-        return heard == serial
+    def reads(self, peer: int) -> bool:
+        """Tell whether this actor reads the board of ``peer``."""
+        return peer in self._peers
+
+    def wait_begun(self, peer: int, serial: int, deadline: Deadline, check: Callable[[], None]) -> None:
+        """
+        Block until ``peer`` has begun the run; as :meth:`wait`.
+
+        :raises LayoutError: when it holds another layout than the run was planned for
+        """
+        heard = self._wait(peer, lambda words: abs(words[BEGUN]) == serial, _SAID[BEGUN], deadline, check)
+        _require_begun(peer, serial, heard)
+
+    def wait_vouched(
+        self, peer: int, task: int, serial: int, nbytes: int, deadline: Deadline, check: Callable[[], None]
+    ) -> None:
+        """Block until ``peer`` has begun the run and vouches for ``nbytes`` of ``task``; as :meth:`wait_begun`."""
+        word = _STEPS + self._peer(peer).places[task]
+
+        def is_told(words: list[int]) -> bool:
+            return words[BEGUN] == -serial or (words[BEGUN] == serial and words[word] >= nbytes)
+
+        _require_begun(peer, serial, self._wait(peer, is_told, _SAID[BEGUN], deadline, check))
 
     def sums(self, peer: int, tasks: Collection[int]) -> dict[int, int]:
         """Return what ``peer`` has summed up for ``tasks``; only once it has posted that all is summed up."""
         if not tasks:
             return {}
 
-        places = self._peers[peer].places
-        first = min(places[task] for task in tasks)
-        last = max(places[task] for task in tasks)
-        found = self._read(peer, _SUMS + first, last - first + 1)
-        return {task: found[places[task] - first] for task in tasks}
+        known = self._peer(peer)
+        found = self._read(peer, _STEPS + known.steps, known.steps)
+        return {task: found[known.places[task]] for task in tasks}
+
+    def _wait(
+        self,
+        peer: int,
+        enough: Callable[[list[int]], bool],
+        said: str,
+        deadline: Deadline,
+        check: Callable[[], None],
+    ) -> list[int]:
+        started = time.perf_counter()
+        heard = self._heard.get(peer)
+        while heard is None or not enough(heard):
+            heard = self._heard[peer] = self._read(peer, 0, _STEPS + self._peer(peer).steps)
+            check()
+            if not enough(heard) and deadline.passed:
+                raise MoveTimeout(f"actor {peer} had not {said} by the deadline")
+
+        self.waited_seconds += time.perf_counter() - started
+        return heard
+
+    def _peer(self, peer: int) -> _Peer:
+        known = self._peers.get(peer)
+        if known is None:
+            raise SyncAborted(f"the connection with actor {peer} was given up")
+
+        return known
 
     def _read(self, peer: int, word: int, count: int) -> list[int]:
         with self._lock:
-            known = self._peers.get(peer)
-            if known is None:
-                raise SyncAborted(f"the connection with actor {peer} was given up")
-
+            known = self._peer(peer)
             if len(self._found) < count:
                 self._found = torch.zeros(count, dtype=torch.int64, pin_memory=True)
 
             make_current(self._index)
-            read_async(
-                self._found.data_ptr(),
-                known.address + word * _WORD_NBYTES,
-                count * _WORD_NBYTES,
-                self._stream.cuda_stream,
-            )
+            first = known.address + word * _WORD_NBYTES
+            read_async(self._found.data_ptr(), first, count * _WORD_NBYTES, self._stream.cuda_stream)
             self._stream.synchronize()
             return [int(value) for value in self._found[:count].tolist()]
+
+
+def _require_begun(peer: int, serial: int, heard: list[int]) -> None:
+    if heard[BEGUN] == -serial:
+        raise LayoutError(f"actor {peer} holds another layout than the one the run was planned for", actors=(peer,))
 
 
 _SAID = {BEGUN: "begun the run", SUMMED: "summed up what it sent", AGREED: "found its weights in place"}

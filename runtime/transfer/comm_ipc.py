@@ -61,7 +61,7 @@ class IpcCommunicator:
             self.tell(key, _REFUSED)
             raise CommunicatorError(str(error)) from error
 
-        return _Offered(self, [f"{key}/{receiver}" for receiver in receivers])
+        return _Offered(self, key, [f"{key}/{receiver}" for receiver in receivers])
 
     def fence(self) -> Fence:
         event = torch.cuda.Event()
@@ -93,7 +93,7 @@ class IpcCommunicator:
             raise CommunicatorError(f"the rendezvous is gone: {str(error).partition(chr(10))[0]}") from error
 
     def hear(self, key: str, deadline: Deadline) -> bytes:
-        """Wait for a message and take it away."""
+        """Wait for a message, which stays where it is: others may wait for it as well."""
         name = f"{self._prefix}/{key}"
         try:
             while not self._store.check([name]):
@@ -105,12 +105,17 @@ class IpcCommunicator:
 
                 time.sleep(_POLL_SECONDS)
 
-            value = self._store.get(name)
-            self._store.delete_key(name)
+            return self._store.get(name)
         except RuntimeError as error:
             raise CommunicatorError(f"the rendezvous is gone: {str(error).partition(chr(10))[0]}") from error
 
-        return value
+    def clear(self, keys: list[str]) -> None:
+        """Take away messages that all have heard who were to hear them."""
+        try:
+            for key in keys:
+                self._store.delete_key(f"{self._prefix}/{key}")
+        except RuntimeError as error:
+            raise CommunicatorError(f"the rendezvous is gone: {str(error).partition(chr(10))[0]}") from error
 
     def mapped(self, handle: bytes) -> int:
         """Return where a peer's allocation is mapped here."""
@@ -124,15 +129,21 @@ class IpcCommunicator:
 
 
 class _Offered:
-    def __init__(self, communicator: IpcCommunicator, answers: list[str]) -> None:
+    def __init__(self, communicator: IpcCommunicator, key: str, answers: list[str]) -> None:
         self._communicator = communicator
+        self._key = key
         self._answers = answers
 
     def finish(self, deadline: Deadline) -> None:
         answers, self._answers = self._answers, []
+        if not answers:
+            return
+
         for key in answers:
             if self._communicator.hear(key, deadline) == _REFUSED:
                 raise CommunicatorError(f"the receiver could not take what was offered under {key}")
+
+        self._communicator.clear([self._key, *answers])
 
 
 class _Wanted:

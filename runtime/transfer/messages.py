@@ -92,6 +92,8 @@ class Begin:
     :ivar version: the version on its way; ``None`` at an actor that only lends its weights to another replica, whose
         hooks are left alone
     :ivar shadow: write to a second copy of the shards, which the commit copies over them
+    :ivar layout: digest of the layout that the run was planned for, where that is not to be told first: an actor that
+        holds another one starts nothing, and says so to its peers
     :ivar ahead: the steps that the driver asks for at once: they start with the run, and their calls collect what came
         of them
     :ivar close: how the run ends without a further call, when all went well; ``None``: the driver commits it
@@ -102,6 +104,7 @@ class Begin:
     scan: bool = False
     version: int | None = None
     shadow: bool = False
+    layout: str | None = None
     ahead: tuple[RunStep, ...] = ()
     close: CloseRun | None = None
 
@@ -113,13 +116,11 @@ class CloseRun:
 
     :ivar version: as :attr:`Commit.version`; ``None`` at a source
     :ivar newest: the newest version that the driver knows of: an actor that has a newer one leaves the end to it
-    :ivar layout: digest of the layout the run was planned for
     :ivar peers: the actors that must have found the same before it does
     """
 
     version: int | None
     newest: int | None
-    layout: str
     peers: tuple[int, ...] = ()
 
 
@@ -356,13 +357,14 @@ class Addresses:
 
     :ivar handles: of its allocations
     :ivar steps: by task id: for each cut the number of its handle, its offset there and its strides, as int64 bytes
-    :ivar board: the number of a handle and the offset there of its :class:`~wavecast.runtime.transfer.board.Board`
+    :ivar board: the number of a handle, the offset there of its :class:`~wavecast.runtime.transfer.board.Board`, and
+        for how many steps that has room
     :ivar places: by task id: the step's position in the actor's program, and so its sum's on the board
     """
 
     handles: tuple[bytes, ...]
     steps: dict[int, bytes]
-    board: tuple[int, int]
+    board: tuple[int, int, int]
     places: dict[int, int]
 
 
@@ -444,7 +446,7 @@ class Finished:
     :ivar checksums: for each step of the program, of the bytes sent, or of those found in the destination's memory
         afterwards; empty when checksums are off
     :ivar staging_bytes: extra memory held for staging
-    :ivar host_seconds: what the actor's own threads spent on the steps, waits left out
+    :ivar host_seconds: what the actor's own threads spent on the run, its begin included and waits left out
     """
 
     checksums: tuple[int, ...]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import operator
+import time
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ import torch
 from wavecast.runtime.errors import SyncError
 from wavecast.runtime.layout.dtypes import itemsize
 from wavecast.runtime.transfer.board import Board, Boards
+from wavecast.runtime.transfer.comm import CudaFence, Deadline, Fence
 from wavecast.runtime.transfer.cuda_memory import (
     CopyBatch,
     Exporter,
@@ -21,30 +24,84 @@ from wavecast.runtime.transfer.cuda_memory import (
     make_current,
     open_memory,
 )
-from wavecast.runtime.transfer.memory import Memory, strided
+from wavecast.runtime.transfer.memory import Memory, Watch, strided
 from wavecast.runtime.transfer.messages import Addresses
 from wavecast.runtime.transfer.program import ALIGNMENT, Cut, Program, Step
 from wavecast.runtime.transfer.segments import Segment, Strided, join_segments, pair_segments, split_segment
 from wavecast.runtime.transfer.tables import Table, build_tables, copy_table, sum_source
 
-__all__ = ("Puller", "export_addresses", "why_not_shared")
+__all__ = ("Puller", "Turn", "export_addresses", "why_not_shared")
 
 #: A row of at least so many bytes goes by a copy engine, which is faster than a kernel there: between two H200 379 GB/s
 #: at 4 MiB and 388 at 8 MiB against 373, but 363 at 2 MiB. Both at once are no faster than the better of them.
 _ENGINE_NBYTES = 4 << 20
 #: What was written is summed up part by part, each a third of what is left, so that little is left to sum up when the
-#: last byte has arrived.
+#: last byte has arrived. The first is small and the next ones grow: bytes travel while the tensors behind them are
+#: looked at.
 _SHARE = 3
+_GROWTH = 3
 _LEAST_PART_NBYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """
+    A run, for what is done in it.
+
+    :ivar serial: of the run
+    :ivar check: raises once the run was given up, and ``given_up`` tells
+    :ivar spend: is told what a thread that waits has spent on other things than waiting, in seconds
+    """
+
+    serial: int
+    deadline: Deadline
+    check: Callable[[], None]
+    given_up: Callable[[], bool]
+    spend: Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """What is started together: contiguous copies, tables to copy, tables to sum up what was written."""
+    """
+    What is started together.
+
+    :ivar batch: contiguous copies, and ``copies`` the others
+    :ivar sums: what was written
+    :ivar needs: bytes of the step, in wire order, that the sender must vouch for
+    :ivar watch: the tensors that are written to
+    """
 
     batch: CopyBatch | None
     copies: tuple[Table, ...]
     sums: tuple[Table, ...]
+    needs: int
+    watch: Watch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lent:
+    """:ivar nbytes: of the step, in wire order, up to where ``watch`` tells of the tensors they are in"""
+
+    place: int
+    nbytes: int
+    watch: Watch
+
+
+class _Arrival:
+    """The fence of a part: its bytes are there, and so are the tensors they were meant for."""
+
+    def __init__(self, fences: Sequence[CudaFence], watch: Watch, spend: Callable[[float], None]) -> None:
+        self._fences = fences
+        self._watch = watch
+        self._spend = spend
+
+    def wait(self, deadline: Deadline) -> None:
+        for fence in self._fences:
+            fence.wait(deadline)
+
+        started = time.perf_counter()
+        self._watch.require_in_place()
+        self._spend(time.perf_counter() - started)
 
 
 def why_not_shared(memory: Memory) -> str:
@@ -80,8 +137,8 @@ def export_addresses(program: Program, memory: Memory, board: Board) -> Addresse
             steps[step.task] = numbers.tobytes()
 
     places = {step.task: place for place, step in enumerate(program.steps)}
-    located = exporter.locate(board.page.data_ptr())
-    return Addresses(tuple(exporter.handles), steps, located, places)
+    number, offset = exporter.locate(board.page.data_ptr())
+    return Addresses(tuple(exporter.handles), steps, (number, offset, board.steps), places)
 
 
 class Puller:
@@ -113,6 +170,7 @@ class Puller:
         self._memory: Memory | None = None
         self._receiving: dict[int, tuple[_Part, ...]] = {}
         self._sending: dict[int, tuple[Table, ...]] = {}
+        self._lending: tuple[_Lent, ...] | None = None
         self._twins: dict[tuple[Cut, ...], int] = {}
         self._twin_of: dict[int, int] = {}
         self._summed: dict[int, torch.Tensor] = {}
@@ -139,8 +197,8 @@ class Puller:
                     close_memory(handle)
 
             self._bases[sender] = tuple(bases)
-            number, offset = addresses.board
-            self.boards.attach(sender, bases[number] + offset, addresses.places)
+            number, offset, steps = addresses.board
+            self.boards.attach(sender, bases[number] + offset, steps, addresses.places)
             self._remote.update(addresses.steps)
 
         self._receiving = {}
@@ -153,6 +211,7 @@ class Puller:
             self._memory = memory
             self._receiving = {}
             self._sending = {}
+            self._lending = None
 
         if ready is not None:
             for stream in self._streams:
@@ -160,6 +219,7 @@ class Puller:
 
     def prepare(self, program: Program) -> None:
         """Work out all steps of ``program`` that are pulled, so that the first of them does not have to."""
+        self._lent(program)
         for step in program.steps:
             if step.pull and step.sender == program.actor:
                 self._sums_of(step)
@@ -172,8 +232,20 @@ class Puller:
         self._pulls_far = any(step.pull and not step.near and step.sender != program.actor for step in program.steps)
         self._receiving = {}
         self._sending = {}
+        self._lending = None
         self._twins = {}
         self._twin_of = {}
+
+    def vouch(self, program: Program, board: Board, turn: Turn) -> None:
+        """
+        Let others pull what this actor sends, part by part as it has been looked at, all steps in turns.
+
+        :raises LayoutError: for a tensor that is not what or where it was
+        """
+        for lent in self._lent(program):
+            turn.check()
+            lent.watch.require_still()
+            board.vouch(lent.place, lent.nbytes)
 
     def send(self, step: Step, total: torch.Tensor | None) -> None:
         """Queue the sum of what others pull in ``step``; it is added to ``total``."""
@@ -193,37 +265,47 @@ class Puller:
                 for table in self._sums_of(step):
                     sum_source(table, total, hurry=self._crowded)
 
-    def receive(self, step: Step, total: torch.Tensor | None) -> tuple[torch.cuda.Event, ...]:
+    def receive(self, step: Step, total: torch.Tensor | None, turn: Turn) -> Iterator[Fence]:
         """
-        Queue the copies of ``step``, and the sums of what they wrote; return the events after the last copies.
+        Queue the copies of ``step`` and the sums of what they wrote, part by part; yield the fence of each part.
 
-        Only called once the sender has posted that it has begun.
+        What the sender vouches for is fetched while it looks at the rest. So are the tensors written to, before.
+
+        :raises LayoutError: for a tensor that is not what or where it was
+        :raises MoveTimeout: when the sender does not vouch for all of it by the deadline
         """
-        copied: dict[torch.cuda.Stream, torch.cuda.Event] = {}
         for part in self._parts_of(step):
-            if part.batch is not None:
-                part.batch.start(self._engine.cuda_stream)
-                copied[self._engine] = torch.cuda.Event()
-
-            if part.copies:
-                stream = self._near if step.near else self._walk
-                with torch.cuda.stream(stream):
-                    for table in part.copies:
-                        copy_table(table, near=step.near and not self._pulls_far)
-
-                copied[stream] = torch.cuda.Event()
-
-            for stream, event in copied.items():
-                event.record(stream)
-                if total is not None:
+            self.boards.wait_vouched(step.sender, step.task, turn.serial, part.needs, turn.deadline, turn.check)
+            part.watch.require_still()
+            copied = self._start(part, near=step.near)
+            if total is not None:
+                for event in copied:
                     self.sums.wait_event(event)
 
-            if total is not None:
                 with torch.cuda.stream(self.sums):
                     for table in part.sums:
-                        sum_source(table, total, hurry=self._crowded)
+                        sum_source(table, total, hurry=self._crowded and not self._pulls_far)
 
-        return tuple(copied.values())
+            yield _Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch, turn.spend)
+
+    def _start(self, part: _Part, *, near: bool) -> list[torch.cuda.Event]:
+        """Queue the copies of a part; return the events after them."""
+        streams: list[torch.cuda.Stream] = []
+        if part.batch is not None:
+            part.batch.start(self._engine.cuda_stream)
+            streams.append(self._engine)
+
+        if part.copies:
+            streams.append(self._near if near else self._walk)
+            with torch.cuda.stream(streams[-1]):
+                for table in part.copies:
+                    copy_table(table, near=near and not self._pulls_far)
+
+        copied = [torch.cuda.Event() for _ in streams]
+        for event, stream in zip(copied, streams, strict=True):
+            event.record(stream)
+
+        return copied
 
     def finished(self) -> torch.cuda.Event:
         """Return the event after all that was queued."""
@@ -261,6 +343,20 @@ class Puller:
     def _streams(self) -> tuple[torch.cuda.Stream, ...]:
         return self._engine, self._walk, self._near, self.sums
 
+    def _lent(self, program: Program) -> tuple[_Lent, ...]:
+        if self._lending is None:
+            memory, seen = self._held(), set[int]()
+            # What stays on this GPU has time: it is copied beside what takes a link.
+            parts = (
+                _lend(place, step, memory, seen)
+                for place, step in sorted(enumerate(program.steps), key=lambda each: each[1].near)
+                if step.pull and step.sender == program.actor
+            )
+            turns = itertools.chain.from_iterable(itertools.zip_longest(*parts))
+            self._lending = tuple(lent for lent in turns if lent is not None)
+
+        return self._lending
+
     def _sums_of(self, step: Step) -> tuple[Table, ...]:
         found = self._sending.get(step.task)
         if found is None:
@@ -288,11 +384,12 @@ class Puller:
             # Copy engines first: they need no multiprocessor, which senders on their GPUs are summing up with by then.
             counted.sort(key=lambda segment: segment.nbytes < _ENGINE_NBYTES)
 
-        for segments in _fill(others):
-            yield self._part(segments, counted=False, near=near)
-
-        for segments in _fill(counted):
-            yield self._part(segments, counted=True, near=near)
+        starts = [wire for _, wire in _on_wire(step.cuts)]
+        for counts, pulled in ((False, others), (True, counted)):
+            for segments in _fill(pulled):
+                spans = [(segment.wire, segment.wire + segment.rows * segment.nbytes) for segment in segments]
+                watch = self._held().watch(step.cuts[number] for number in _touched(starts, spans))
+                yield self._part(segments, watch, max(end for _, end in spans), counted=counts, near=near)
 
     def _pulled(self, step: Step) -> tuple[list[Segment], list[Segment]]:
         """
@@ -330,7 +427,7 @@ class Puller:
         ]
         return joined, others
 
-    def _part(self, segments: list[Segment], *, counted: bool, near: bool) -> _Part:
+    def _part(self, segments: list[Segment], watch: Watch, needs: int, *, counted: bool, near: bool) -> _Part:
         # Within one GPU a kernel copies at memory's speed, several times what an engine does.
         engine = [segment for segment in segments if segment.nbytes >= _ENGINE_NBYTES and not near]
         rest = [segment for segment in segments if segment.nbytes < _ENGINE_NBYTES or near]
@@ -348,6 +445,8 @@ class Puller:
             CopyBatch(copies) if copies else None,
             build_tables(join_segments(rest), self.device),
             build_tables(join_segments(own), self.device) if counted else (),
+            needs,
+            watch,
         )
 
     def _held(self) -> Memory:
@@ -358,9 +457,9 @@ class Puller:
 
 
 def _fill(segments: list[Segment]) -> Iterable[list[Segment]]:
-    """Yield ``segments`` in order, cut and put together to ever smaller parts."""
+    """Yield ``segments`` in order, cut and put together to parts that grow from a small one, and shrink to the end."""
     left = sum(segment.rows * segment.nbytes for segment in segments)
-    room = max(left // _SHARE, _LEAST_PART_NBYTES)
+    room = _LEAST_PART_NBYTES
     part: list[Segment] = []
     used = 0
     for whole in segments:
@@ -368,7 +467,7 @@ def _fill(segments: list[Segment]) -> Iterable[list[Segment]]:
             if part and used + segment.rows * segment.nbytes > room:
                 yield part
                 left -= used
-                room = max(left // _SHARE, _LEAST_PART_NBYTES)
+                room = max(min(left // _SHARE, _GROWTH * room), _LEAST_PART_NBYTES)
                 part, used = [], 0
 
             part.append(segment)
@@ -376,6 +475,33 @@ def _fill(segments: list[Segment]) -> Iterable[list[Segment]]:
 
     if part:
         yield part
+
+
+def _touched(starts: Sequence[int], spans: Iterable[tuple[int, int]]) -> list[int]:
+    """Return the numbers of the cuts that start at ``starts`` of the wire and have some of ``spans``."""
+    found: set[int] = set()
+    for start, end in spans:
+        found.update(range(bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, end)))
+
+    return sorted(found)
+
+
+def _lend(place: int, step: Step, memory: Memory, seen: set[int]) -> Iterator[_Lent]:
+    """
+    Yield the cuts of ``step`` in wire order, put together to parts that grow from a small one.
+
+    :param seen: tensors of parts that are vouched for before; those of each part are added
+    """
+    room = _LEAST_PART_NBYTES
+    lent: list[Cut] = []
+    used = 0
+    for cut, wire in _on_wire(step.cuts):
+        lent.append(cut)
+        used += cut.nbytes
+        if used >= room or cut is step.cuts[-1]:
+            yield _Lent(place, wire + cut.nbytes, memory.watch(lent, seen))
+            room *= _GROWTH
+            lent, used = [], 0
 
 
 def _on_wire(cuts: Iterable[Cut]) -> Iterable[tuple[Cut, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 
 import torch
@@ -32,7 +32,7 @@ from wavecast.runtime.transfer.messages import (
     StepDone,
 )
 from wavecast.runtime.transfer.program import Bucket, Program, Step, fill_buckets
-from wavecast.runtime.transfer.pull import Puller, export_addresses
+from wavecast.runtime.transfer.pull import Puller, Turn, export_addresses
 from wavecast.runtime.transfer.sealed_store import SealedStore
 from wavecast.runtime.transfer.staging import Leg, Staging
 
@@ -48,6 +48,8 @@ class Run:
 
     :ivar host_seconds: what this actor's threads spent on it, waits left out
     :ivar peers: the actors that must have found their weights in place for the run to close by itself
+    :ivar lends: its memory is where peers that pull from it believe it to be
+    :ivar opened: its first step has been queued
     :ivar close: ends the run on this actor; ``None`` when the driver does
     :ivar failed: a step of it did, whoever has been told so yet
     """
@@ -60,6 +62,8 @@ class Run:
         self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
         self.peers: tuple[int, ...] = ()
         self.close: Callable[[], object] | None = None
+        self.lends = False
+        self.opened = False
         self.failed = False
         self.given_up = ""
         self.copier: Copier | None = None
@@ -70,6 +74,10 @@ class Run:
         if memory.device.type == "cuda":
             self.ready = torch.cuda.Event()
             self.ready.record(torch.cuda.current_stream(memory.device))
+
+    def spend(self, seconds: float) -> None:
+        """Add to what this actor's threads spent on the run."""
+        self.host_seconds += seconds
 
     def check(self) -> None:
         """Raise once the run has been given up."""
@@ -131,11 +139,22 @@ class Session:
         return run
 
     def start_ahead(self, requests: Sequence[RunStep]) -> None:
-        """Start steps whose own calls are on their way."""
-        # Kept beyond the end of the run, which may come before the calls.
+        """
+        Start steps whose own calls are on their way: the first ones of the run that has just begun.
+
+        What they became is kept beyond the end of the run, which may come before the calls.
+        """
         self._started = {}
-        for request in requests:
-            self._started[request.run, request.step] = self.enqueue(request)
+        if not requests:
+            return
+
+        with self._lock:
+            run = self.current(requests[0].run)
+            run.next_step = len(requests)
+            queued = self.lane.submit(lambda: self._steps(run, requests))
+            for request in requests:
+                future = self._started[request.run, request.step] = _promised()
+                self._await(_item(queued, request.step), run, request, future)
 
     def enqueue(self, request: RunStep) -> Future[Reply]:
         """
@@ -143,9 +162,7 @@ class Session:
 
         Of one that was started ahead this is what became of it.
         """
-        future: Future[Reply] = Future()
-        # A caller on an event loop that stops waiting must not cancel what is yet to be answered.
-        future.set_running_or_notify_cancel()
+        future = _promised()
         with self._lock:
             started_ahead = self._started.pop((request.run, request.step), None)
             if started_ahead is not None:
@@ -257,7 +274,7 @@ class Session:
         """Say where the cuts lie that others pull from this actor, and let them. On the lane."""
         run, program = self.current(name), self._loaded()
         steps = len(program.steps)
-        if self._board is None or not self._board.has_room(steps):
+        if self._board is None or self._board.steps < steps:
             self._board = Board(steps, run.memory.device)
 
         addresses = export_addresses(program, self.memory_of(run), self._board)
@@ -267,18 +284,14 @@ class Session:
 
     def ring(self, run: Run) -> None:
         """
-        Let others pull from this actor in ``run``, as soon as what the device has to do before is done.
+        Tell others that ``run`` has begun, as soon as what the device has to do before is done.
 
-        Nothing rings for memory that is not, or no longer, where the others believe it to be.
+        Nothing will be vouched for that is not, or no longer, where they believe it to be.
         """
         self._rung = run.name
-        if self._board is None or run.memory is not self._exported:
-            return
-
-        if run.ready is not None:
-            torch.cuda.current_stream(run.memory.device).wait_event(run.ready)
-
-        self._board.post(BEGUN, run.name.serial)
+        if self._board is not None:
+            self._board.begin(run.name.serial, run.ready)
+            run.lends = run.memory is self._exported
 
     def let_close(self, run: Run, peers: tuple[int, ...], close: Callable[[], object]) -> None:
         """
@@ -291,6 +304,20 @@ class Session:
         if self._board is None and run.memory.device.type == "cuda":
             # Nobody reads it: this actor sends nothing, and is the only one that receives.
             self._board = Board(0, run.memory.device)
+
+    def refuse(self, run: Run, requests: Sequence[RunStep]) -> None:
+        """Start none of the steps of ``run``: they were planned for another layout. Peers are told as well."""
+        error = errors.LayoutError("the actor holds another layout than the one the run was planned for")
+        # What is said of it now stays true.
+        self._rung = None
+        if self._board is not None:
+            self._board.post(BEGUN, -run.name.serial)
+
+        self.refuse_to_close(run)
+        run.next_step = len(requests)
+        self._started = {(request.run, request.step): _promised() for request in requests}
+        for future in self._started.values():
+            future.set_exception(error)
 
     def refuse_to_close(self, run: Run) -> None:
         """Let nobody end ``run`` before the driver does: no peer that waits for this actor is left waiting."""
@@ -389,19 +416,40 @@ class Session:
 
     # Steps.
 
-    def _step(self, run: Run, request: RunStep) -> Sequence[Fence]:
+    def _steps(self, run: Run, requests: Sequence[RunStep]) -> list[list[Fence]]:
+        """Queue the run's first steps; return for each the fences after which its bytes have moved."""
+        program = self._loaded()
+        steps = [program.steps[request.step] for request in requests]
+        if not all(step.pull for step in steps):
+            return [self._step(run, request) for request in requests]
+
+        # Part by part in turns: all links are busy at once, and those first that are not on this GPU.
+        fences: list[list[Fence]] = [[] for _ in requests]
+        turns = [(fences[number], self._queue(run, request)) for number, request in enumerate(requests)]
+        turns = [turns[number] for number in sorted(range(len(steps)), key=lambda number: steps[number].near)]
+        with self._on_host(run):
+            while turns:
+                turns = [(found, parts) for found, parts in turns if _take_next(parts, found)]
+
+        return fences
+
+    def _step(self, run: Run, request: RunStep) -> list[Fence]:
         """Queue a step; return the fences after which its bytes have moved."""
-        started = time.perf_counter()
+        with self._on_host(run):
+            return list(self._queue(run, request))
+
+    def _queue(self, run: Run, request: RunStep) -> Iterator[Fence]:
         deadline = Deadline(request.seconds)
         run.check()
         program = self._loaded()
         if program.digest != request.digest:
             raise errors.SyncError(f"the actor has program {program.digest}, it was asked to run {request.digest}")
 
-        step = program.steps[request.step]
-        if request.step == 0:
-            self._begin_steps(run, program)
+        if not run.opened:
+            run.opened = True
+            self._begin_steps(run, program, deadline)
 
+        step = program.steps[request.step]
         if run.actor != step.sender:
             run.wrote = True
 
@@ -409,23 +457,33 @@ class Session:
             for stream in self._staging.streams():
                 self._puller.join(stream)
 
-        if step.pull and run.actor != step.sender:
-            waited = time.perf_counter()
-            boards = self._pulling(run.memory).boards
-            boards.wait(step.sender, BEGUN, run.name.serial, deadline, run.check)
-            started += time.perf_counter() - waited
+        yield from (
+            self._pull(run, step, request.step, deadline)
+            if step.pull
+            else self._move(run, step, request.step, deadline)
+        )
 
-        fences = self._pull(run, step, request.step) if step.pull else self._move(run, step, request.step, deadline)
-        run.host_seconds += time.perf_counter() - started
-        return fences
+    @contextlib.contextmanager
+    def _on_host(self, run: Run) -> Iterator[None]:
+        """Count what this thread spends on the run."""
+        started, waited = time.perf_counter(), self._waited_seconds
+        yield
+        run.spend(time.perf_counter() - started - (self._waited_seconds - waited))
 
-    def _begin_steps(self, run: Run, program: Program) -> None:
+    @property
+    def _waited_seconds(self) -> float:
+        return self._puller.boards.waited_seconds if self._puller is not None else 0.0
+
+    def _begin_steps(self, run: Run, program: Program, deadline: Deadline) -> None:
         memory = self.memory_of(run)
         if self._staging is not None:
             self._staging.begin(run.ready)
 
         if any(step.pull for step in program.steps):
-            self._pulling(memory).begin(memory, run.ready)
+            puller = self._pulling(memory)
+            puller.begin(memory, run.ready)
+            if run.lends and self._board is not None:
+                puller.vouch(program, self._board, self._turn(run, deadline))
 
         if program.kernels:
             if self._tables is None or self._tables.memory is not memory:
@@ -438,21 +496,26 @@ class Session:
 
     def _tally(self, steps: int, device: torch.device) -> Tally:
         board = self._board
-        return Tally(steps, device, board.sums if board is not None and board.has_room(steps) else None)
+        return Tally(steps, device, board.sums if board is not None and board.steps >= steps else None)
 
-    def _pull(self, run: Run, step: Step, index: int) -> Sequence[Fence]:
+    def _turn(self, run: Run, deadline: Deadline) -> Turn:
+        return Turn(run.name.serial, deadline, run.check, lambda: bool(run.given_up), run.spend)
+
+    def _pull(self, run: Run, step: Step, index: int, deadline: Deadline) -> Iterable[Fence]:
         puller = self._pulling(run.memory)
         total = run.tally.total(index, puller.sums) if run.tally is not None else None
         if run.actor == step.sender:
             puller.send(step, total)
             return ()
 
-        return [CudaFence(event, lambda: bool(run.given_up)) for event in puller.receive(step, total)]
+        return puller.receive(step, total, self._turn(run, deadline))
 
     def _move(self, run: Run, step: Step, index: int, deadline: Deadline) -> Sequence[Fence]:
         staging, copier = self._staging, run.copier
         if staging is None or copier is None:
             raise errors.SyncError("the actor was asked to run before it was connected and had its program")
+
+        self._meet(run, step, deadline)
 
         leg = Leg(
             step=index,
@@ -467,6 +530,16 @@ class Session:
         )
         return staging.send(leg) if run.actor == step.sender else staging.receive(leg)
 
+    def _meet(self, run: Run, step: Step, deadline: Deadline) -> None:
+        """Enter no collective before all whose boards this actor reads have begun the run."""
+        if self._puller is None:
+            return
+
+        boards = self._puller.boards
+        for peer in (step.sender, *step.receivers):
+            if boards.reads(peer):
+                boards.wait_begun(peer, run.name.serial, deadline, run.check)
+
     def _ahead(self, step: int, run: Run, program: Program) -> Bucket | None:
         """Return the first bucket of the next step, when this actor sends it and had all of it from the start."""
         if self._forwards or step + 1 == len(program.steps):
@@ -479,18 +552,13 @@ class Session:
         buckets = self.buckets_of(step + 1)
         return buckets[0] if buckets else None
 
-    def _await(self, started: Future[Sequence[Fence]], run: Run, request: RunStep, outer: Future[Reply]) -> None:
+    def _await(self, started: Future[list[Fence]], run: Run, request: RunStep, outer: Future[Reply]) -> None:
         """Answer a step once its bytes have moved; the last one once everything is in place."""
         waits = self._waits
 
-        def arrive(fences: Sequence[Fence]) -> Reply:
+        def arrive(fences: list[Fence]) -> Reply:
             deadline = Deadline(request.seconds)
             last = request.step + 1 == len(self._loaded().steps)
-            if last:
-                # While the device is at work: this takes a while. What was read or written at another place than the
-                # user's tensor shows in what is left to look at in the end.
-                run.memory.require_still()
-
             for fence in fences:
                 fence.wait(deadline)
 
@@ -500,7 +568,7 @@ class Session:
             finished = self._finish(run, deadline)
             return StepDone(finished, closed=self._close_run(run, finished, deadline))
 
-        def queued(done: Future[Sequence[Fence]]) -> None:
+        def queued(done: Future[list[Fence]]) -> None:
             error = done.exception()
             if error is not None:
                 outer.set_exception(error)
@@ -516,7 +584,12 @@ class Session:
     def _finish(self, run: Run, deadline: Deadline) -> Finished:
         """Wait until all that was written is in place; return the sums of the run's steps."""
         program, staging, puller = self._loaded(), self._staging, self._puller
-        run.memory.require_in_place()
+        started = time.perf_counter()
+        if any(not step.pull or step.sender == run.actor for step in program.steps):
+            run.memory.require_still()
+
+        run.spend(time.perf_counter() - started)
+
         if staging is not None:
             staging.finish(deadline)
 
@@ -527,7 +600,7 @@ class Session:
         started = time.perf_counter()
         copier = run.copier
         sums = copier.sums(len(program.steps)) if copier is not None and program.checksum else []
-        run.host_seconds += time.perf_counter() - started
+        run.spend(time.perf_counter() - started)
         return Finished(tuple(sums), staging.nbytes if staging is not None else 0, run.host_seconds)
 
     def _close_run(self, run: Run, finished: Finished, deadline: Deadline) -> bool:
@@ -538,7 +611,7 @@ class Session:
 
         def say(word: int, serial: int) -> None:
             # Not once the run was given up: by then a later one may have said something.
-            with self._lock, torch.cuda.stream(puller.sums):
+            with self._lock:
                 run.check()
                 board.post(word, serial)
 
@@ -563,6 +636,37 @@ def _come_to_rest(puller: Puller | None, staging: Staging | None) -> None:
     if staging is not None:
         for stream in staging.streams():
             stream.synchronize()
+
+
+def _take_next(parts: Iterator[Fence], found: list[Fence]) -> bool:
+    """Add the next of ``parts`` to ``found``; tell whether there was one."""
+    for part in parts:
+        found.append(part)
+        return True
+
+    return False
+
+
+def _promised() -> Future[Reply]:
+    """Return what will be answered: a caller on an event loop that stops waiting must not cancel that."""
+    future: Future[Reply] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def _item(several: Future[list[list[Fence]]], index: int) -> Future[list[Fence]]:
+    """Return the future of one item of a list."""
+    one: Future[list[Fence]] = Future()
+
+    def pick(done: Future[list[list[Fence]]]) -> None:
+        error = done.exception()
+        if error is not None:
+            one.set_exception(error)
+        else:
+            one.set_result(done.result()[index])
+
+    several.add_done_callback(pick)
+    return one
 
 
 def pass_on(inner: Future[Reply], outer: Future[Reply]) -> None:

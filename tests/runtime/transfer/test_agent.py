@@ -747,7 +747,7 @@ async def test_a_failed_probe_is_passed_on_by_the_comparison() -> None:
 
 
 def an_export() -> Exported:
-    return Exported(Addresses((b"handle",), {0: b""}, (0, 0), {}))
+    return Exported(Addresses((b"handle",), {0: b""}, (0, 0, 0), {}))
 
 
 async def test_a_senders_failure_is_passed_on_by_the_receiver_that_wanted_its_addresses() -> None:

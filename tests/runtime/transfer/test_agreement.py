@@ -56,7 +56,7 @@ class Round:
         for reader in self.readers:
             for actor, own in enumerate(self.boards):
                 places = {step.task: place for place, step in enumerate(self.programs[actor].steps)}
-                reader.attach(actor, own.page.data_ptr(), places)
+                reader.attach(actor, own.page.data_ptr(), own.steps, places)
 
     def end(self, actor: int, *, differs: bool = False, seconds: float = 20.0, given_up: bool = False) -> bool:
         """What the actor does at the end of its last step."""
@@ -180,14 +180,16 @@ def test_all_end_the_run_or_no_receiver_does_and_nobody_waits_for_ever(
 # Boards.
 
 
-def test_a_board_has_words_and_room_for_sums() -> None:
+def test_a_board_has_words_then_what_is_vouched_for_and_then_sums() -> None:
     own = Board(3, CPU)
     own.post(BEGUN, 1)
     own.post(SUMMED, 2)
     own.post(AGREED, -3)
+    own.vouch(1, 40)
     own.sums.fill_(9)
-    assert own.page.tolist() == [1, 2, -3, 9, 9, 9]
-    assert [own.has_room(steps) for steps in (0, 3, 4)] == [True, True, False]
+    assert own.page.tolist() == [1, 2, -3, 0, 40, 0, 9, 9, 9]
+    own.begin(4, None)
+    assert own.page.tolist() == [4, 2, -3, 0, 0, 0, 9, 9, 9]
 
 
 def test_what_was_said_of_a_run_is_taken_back_and_a_later_run_says_it_again() -> None:
@@ -203,10 +205,10 @@ def test_what_was_said_of_a_run_is_taken_back_and_a_later_run_says_it_again() ->
     assert own.page.tolist() == [SERIAL + 1, -SERIAL, -SERIAL]
 
 
-def test_sums_are_read_at_once_and_no_more_of_them_than_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_are_read_at_once_and_only_where_some_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     own, boards = Board(5, CPU), Boards(CPU)
     own.sums.copy_(torch.tensor([10, 11, 12, 13, 14]))
-    boards.attach(4, own.page.data_ptr(), {7: 3, 8: 1, 9: 0})
+    boards.attach(4, own.page.data_ptr(), own.steps, {7: 3, 8: 1, 9: 0})
     reads: list[tuple[int, int]] = []
 
     def read(target: int, source: int, nbytes: int, stream: int) -> None:
@@ -216,12 +218,12 @@ def test_sums_are_read_at_once_and_no_more_of_them_than_wanted(monkeypatch: pyte
     monkeypatch.setattr(board, "read_async", read)
     assert boards.sums(4, (7, 8)) == {7: 13, 8: 11}
     assert boards.sums(4, ()) == {}
-    assert reads == [((3 + 1) * 8, 3 * 8)]
+    assert reads == [((3 + 5) * 8, 5 * 8)]
 
 
 def test_what_was_detached_is_not_read_and_whoever_waits_for_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     own, boards = Board(1, CPU), Boards(CPU)
-    boards.attach(4, own.page.data_ptr(), {7: 0})
+    boards.attach(4, own.page.data_ptr(), own.steps, {7: 0})
     looks: list[int] = []
 
     def read(target: int, source: int, nbytes: int, stream: int) -> None:

@@ -22,7 +22,7 @@ from wavecast.runtime.transfer.fused import Tally
 from wavecast.runtime.transfer.memory import Memory, as_bits
 from wavecast.runtime.transfer.messages import Addresses
 from wavecast.runtime.transfer.program import Cut, Program, Step, fill_buckets
-from wavecast.runtime.transfer.pull import Puller, export_addresses
+from wavecast.runtime.transfer.pull import Puller, Turn, export_addresses
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,10 @@ def packed(memory: Memory, cuts: Sequence[Cut]) -> bytes:
     return bytes(window.tolist())
 
 
+def turn(serial: int) -> Turn:
+    return Turn(serial, Deadline(5), go_on, lambda: False, lambda seconds: None)
+
+
 class Pair:
     """Actor 0 sends what actor 1 pulls."""
 
@@ -73,18 +77,21 @@ class Pair:
             if prepare:
                 puller.prepare(program(actor, *self.steps))
 
-        self.board.post(BEGUN, self.serial)
+        self.board.begin(self.serial, None)
         sender, receiver = self.pullers
-        receiver.boards.wait(0, BEGUN, self.serial, Deadline(5), go_on)
+        sender.vouch(program(0, *self.steps), self.board, turn(self.serial))
         copied = []
         for index, step in enumerate(self.steps):
             sender.send(step, tallies[0].total(index, sender.sums))
-            copied.extend(receiver.receive(step, tallies[1].total(index, receiver.sums)))
+            copied.extend(receiver.receive(step, tallies[1].total(index, receiver.sums), turn(self.serial)))
 
         ends = [puller.finished() for puller in self.pullers]
         assert not any(event.query() for event in ends)
         device.drain()
-        assert all(event.query() for event in (*copied, *ends))
+        assert all(event.query() for event in ends)
+        for fence in copied:
+            fence.wait(Deadline(0))
+
         return tallies[0].values(len(self.steps)), tallies[1].values(len(self.steps))
 
     def expected(self) -> list[int]:
@@ -201,9 +208,11 @@ def test_without_sums_nothing_is_summed_up(device: Device, monkeypatch: pytest.M
     for puller, memory in zip(pair.pullers, pair.memories, strict=True):
         puller.begin(memory, None)
 
+    pair.board.begin(1, None)
+    pair.pullers[0].vouch(program(0, *pair.steps), pair.board, turn(1))
     for step in pair.steps:
         pair.pullers[0].send(step, None)
-        pair.pullers[1].receive(step, None)
+        list(pair.pullers[1].receive(step, None, turn(1)))
 
     device.drain()
     assert arrived(pair)
@@ -223,9 +232,9 @@ def test_a_receiver_pulls_from_two_senders(device: Device) -> None:
     )
     puller.begin(Memory([Shard("w", target, (0,), (80,))]), None)
     for part, step in enumerate(steps):
-        boards[part].post(BEGUN, 7 + part)
-        puller.boards.wait(part, BEGUN, 7 + part, Deadline(5), go_on)
-        puller.receive(step, None)
+        boards[part].begin(7 + part, None)
+        boards[part].vouch(0, 80)
+        list(puller.receive(step, None, turn(7 + part)))
 
     device.drain()
     assert torch.equal(target, torch.cat(views))
@@ -246,7 +255,8 @@ def test_addresses_are_of_what_this_actor_sends_to_be_pulled_and_of_nothing_else
     number, offset, *strides = torch.frombuffer(bytearray(addresses.steps[5]), dtype=torch.int64).tolist()
     assert host_device.open_memory(addresses.handles[number]) + offset == view[2, 1].data_ptr()
     assert strides == [4, 16]
-    number, offset = addresses.board
+    number, offset, room = addresses.board
+    assert room == 3
     assert host_device.open_memory(addresses.handles[number]) + offset == own.page.data_ptr()
     assert addresses.places == {5: 0, 6: 1, 7: 2}
 
@@ -290,7 +300,7 @@ def test_a_mapping_that_fails_half_way_leaks_nothing(device: Device, monkeypatch
 
     monkeypatch.setattr(pull, "open_memory", never)
     with pytest.raises(TransportUnavailable, match="cannot be mapped"):
-        pair.pullers[1].attach({0: Addresses((b"new page", b"bad", b"never"), real.steps, (0, 0), {})})
+        pair.pullers[1].attach({0: Addresses((b"new page", b"bad", b"never"), real.steps, (0, 0, 0), {})})
 
     assert opened() == {b"new page": 1}
     pair.pullers[1].close()
@@ -351,7 +361,7 @@ def test_a_receiver_waits_until_the_sender_has_begun_this_very_run(
     readings = [0, 3, 4, 9]
 
     def read(target: int, source: int, nbytes: int, stream: int) -> None:
-        assert (source, nbytes) == (pair.board.page.data_ptr(), 8)
+        assert (source, nbytes) == (pair.board.page.data_ptr(), 8 * (3 + 3))
         assert stream == pair.pullers[1].boards._stream.cuda_stream
         pair.board.post(BEGUN, readings.pop(0))
         ctypes.memmove(target, source, nbytes)
@@ -427,7 +437,7 @@ def test_a_step_before_any_run_is_refused(device: Device) -> None:
     pair = odd_pair()
     pair.attach()
     with pytest.raises(SyncError, match="before the run began"):
-        pair.pullers[1].receive(pair.steps[0], None)
+        list(pair.pullers[1].receive(pair.steps[0], None, turn(1)))
 
 
 def test_what_joins_a_puller_comes_after_its_work_and_before_what_follows(device: Device) -> None:
@@ -440,12 +450,14 @@ def test_what_joins_a_puller_comes_after_its_work_and_before_what_follows(device
     stream = host_device.Stream()
     seen: list[bool] = []
     target = pair.memories[1].targets(pair.steps[2].cuts[0])[0]
-    pair.pullers[1].receive(pair.steps[0], None)
+    pair.board.begin(1, None)
+    pair.pullers[0].vouch(program(0, *pair.steps), pair.board, turn(1))
+    list(pair.pullers[1].receive(pair.steps[0], None, turn(1)))
     pair.pullers[1].join(stream)  # type: ignore[arg-type]
     stream.put(lambda: seen.append(bool(pair.memories[1].targets(pair.steps[0].cuts[2])[0].any())))
     stream.put(lambda: seen.append(bool(target.any())))
     pair.pullers[1].join(stream)  # type: ignore[arg-type]
-    pair.pullers[1].receive(pair.steps[2], None)
+    list(pair.pullers[1].receive(pair.steps[2], None, turn(1)))
     device.drain()
     assert seen == [True, False]
     assert target.any()

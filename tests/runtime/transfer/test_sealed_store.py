@@ -88,6 +88,7 @@ def test_a_stranger_cannot_read_the_handles_of_device_memory(monkeypatch: pytest
     assert not shows(found, b"ipc")
     assert shows({"": HANDLE.hex().encode()}, HANDLE)
     assert receiver.hear("0-1/0", Deadline(5)) == HANDLE
+    sender.clear(["0-1/0"])
     assert found_by_a_stranger(port) == {}
 
     receiver.tell("0-1/0/1", b"taken")
