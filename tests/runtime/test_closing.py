@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -38,8 +38,10 @@ from wavecast.runtime import (
 )
 from wavecast.runtime.opening import head_starts
 from wavecast.runtime.transfer.board import AGREED, BEGUN
+from wavecast.runtime.transfer.comm import Deadline, Fence
 from wavecast.runtime.transfer.messages import Abort, Began, Begin, Close, Commit, RunId, RunStep, Standing
-from wavecast.runtime.transfer.pull import Puller
+from wavecast.runtime.transfer.program import Step
+from wavecast.runtime.transfer.pull import Puller, Turn
 
 __all__ = ("local", "machine", "pool")
 
@@ -60,11 +62,12 @@ def agreeing(stage: GpuStage, reader: LocalActor, peer: LocalActor) -> asyncio.E
     found, loop = asyncio.Event(), asyncio.get_running_loop()
     (session,) = peer.agent._sessions.values()
     assert session._board is not None
-    word = session._board.page[AGREED:].data_ptr()
+    # Of an engine's board nothing else is of use to another engine.
+    board = session._board.page.data_ptr()
     looks: list[int] = []
 
     def look(gpu: int, address: int) -> None:
-        if (gpu, address) == (gpu_actor(reader).gpu.index, word):
+        if (gpu, address) == (gpu_actor(reader).gpu.index, board):
             looks.append(address)
             if len(looks) == 2:
                 loop.call_soon_threadsafe(found.set)
@@ -223,12 +226,12 @@ async def test_where_a_step_has_failed_nobody_commits_though_nothing_is_summed_u
         engine = gpu_actor(stage.replicas[0][lost])
         receive = Puller.receive
 
-        def fail_once(puller: Puller, step: object, total: object) -> object:
+        def fail_once(puller: Puller, step: Step, total: torch.Tensor | None, turn: Turn) -> Iterator[Fence]:
             if puller.device is engine.gpu and not failed:
                 failed.append(step)
-                raise SyncError("the copy was refused")
+                yield Broken()
 
-            return receive(puller, step, total)  # type: ignore[arg-type]
+            yield from receive(puller, step, total, turn)
 
         failed: list[object] = []
         monkeypatch.setattr(Puller, "receive", fail_once)
@@ -249,6 +252,13 @@ async def test_where_a_step_has_failed_nobody_commits_though_nothing_is_summed_u
         await group.sync()
         assert stage.arrived()
         await is_ahead(stage, group)
+
+
+class Broken:
+    """What a copy that failed on the device is waited for by."""
+
+    def wait(self, deadline: Deadline) -> None:
+        raise SyncError("the copy was refused")
 
 
 async def answers(stage: GpuStage, actor: LocalActor, count: int) -> None:
