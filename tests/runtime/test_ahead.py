@@ -699,6 +699,9 @@ def listening(machine: Machine, gpus: set[int]) -> asyncio.Event:
     looks: dict[int, int] = dict.fromkeys(gpus, 0)
 
     def look(gpu: int, address: int) -> None:
+        if gpu not in looks:
+            return
+
         looks[gpu] += 1
         if min(looks.values()) == 2 and looks[gpu] == 2:
             loop.call_soon_threadsafe(found.set)

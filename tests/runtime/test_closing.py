@@ -297,9 +297,11 @@ async def test_torn_weights_of_a_source_are_refused_and_no_receiver_is_left_wait
         source._written_by, source._was_torn = None, True
         # It may be a while until the driver hears of it: the others have begun, and done all they can.
         gate = gpu_actor(stage.trainers[1]).held[Begin] = asyncio.Event()
-        looking = listening(machine, {2, 3})
+        # The second engine's rows are the second trainer's.
+        looking, begun = listening(machine, {3}), stage.answered(stage.trainers[0], "Begin")
         sync = asyncio.ensure_future(group.sync())
         await looking.wait()
+        await begun.wait()
         machine.advance()
         (session,) = source._sessions.values()
         assert session._board is not None
@@ -525,7 +527,6 @@ async def test_an_actor_that_begins_after_the_others_were_given_up_reads_nothing
         looking = listening(machine, {gpu_actor(late).gpu.index})
         assert isinstance(await late.agent.serve_async(begin, ThreadHost()), Began)
         await looking.wait()
-        machine.on_listen = lambda gpu, address: None
         assert machine.reads == []
         assert stage.bits() == before
         await late.agent.serve_async(abort, ThreadHost())
