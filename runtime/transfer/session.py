@@ -252,6 +252,12 @@ class Session:
         if self._puller is not None:
             self._puller.take_on(program)
 
+        steps = len(program.steps)
+        if self.run is not None and self.run.memory.device.type == "cuda" and not self._has_room(steps):
+            # Whether others read it is not known yet. By now, since the first post loads a kernel: that takes 0.1 s.
+            self._board = Board(steps, self.run.memory.device)
+            self._board.post(BEGUN, 0)
+
         sends = any(step.sender == program.actor for step in program.steps)
         self._forwards = sends and any(program.actor in step.receivers for step in program.steps)
         self._allocate()
@@ -263,9 +269,8 @@ class Session:
     def export(self, name: RunId) -> Addresses:
         """Say where the cuts lie that others pull from this actor, and let them. On the lane."""
         run, program = self.current(name), self._loaded()
-        steps = len(program.steps)
-        if self._board is None or self._board.steps < steps:
-            self._board = Board(steps, run.memory.device)
+        if self._board is None:
+            raise errors.SyncError("the actor was asked for its addresses before it had its program on a GPU")
 
         addresses = export_addresses(program, self.memory_of(run), self._board)
         self._exported = run.memory
@@ -483,7 +488,11 @@ class Session:
 
     def _tally(self, steps: int, device: torch.device) -> Tally:
         board = self._board
-        return Tally(steps, device, board.sums if board is not None and board.steps >= steps else None)
+        return Tally(steps, device, board.sums if board is not None and self._has_room(steps) else None)
+
+    def _has_room(self, steps: int) -> bool:
+        """Tell whether there is a board for so many steps."""
+        return self._board is not None and self._board.steps >= steps
 
     def _turn(self, run: Run, deadline: Deadline) -> Turn:
         return Turn(run.name.serial, deadline, run.check, lambda: bool(run.given_up), run.spend)
