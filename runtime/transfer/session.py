@@ -46,7 +46,7 @@ class Run:
     """
     One sync, as one actor sees it.
 
-    :ivar host_seconds: what this actor's threads spent on it, waits left out
+    :ivar host_seconds: the processor's time that this actor's threads spent on it, waits left out
     :ivar peers: the actors that must have found their weights in place for the run to close by itself
     :ivar lends: its memory is where peers that pull from it believe it to be
     :ivar opened: its first step has been queued
@@ -458,9 +458,9 @@ class Session:
     @contextlib.contextmanager
     def _on_host(self, run: Run) -> Iterator[None]:
         """Count what this thread spends on the run."""
-        started, waited = time.perf_counter(), self._waited_seconds
+        started, waited = time.thread_time(), self._waited_seconds
         yield
-        run.spend(time.perf_counter() - started - (self._waited_seconds - waited))
+        run.spend(time.thread_time() - started - (self._waited_seconds - waited))
 
     @property
     def _waited_seconds(self) -> float:
@@ -580,11 +580,14 @@ class Session:
     def _finish(self, run: Run, deadline: Deadline) -> Finished:
         """Wait until all that was written is in place; return the sums of the run's steps."""
         program, staging, puller = self._loaded(), self._staging, self._puller
-        started = time.perf_counter()
-        if any(not step.pull or step.sender == run.actor for step in program.steps):
+        started = time.thread_time()
+        if not all(step.pull for step in program.steps):
             run.memory.require_still()
+        elif any(step.sender == run.actor for step in program.steps):
+            # Looked at as a whole before it was lent; what was received was looked at as it arrived.
+            run.memory.require_in_place()
 
-        run.spend(time.perf_counter() - started)
+        run.spend(time.thread_time() - started)
 
         if staging is not None:
             staging.finish(deadline)
@@ -593,10 +596,10 @@ class Session:
             CudaFence(puller.finished(), lambda: bool(run.given_up)).wait(deadline)
 
         run.check()
-        started = time.perf_counter()
+        started = time.thread_time()
         copier = run.copier
         sums = copier.sums(len(program.steps)) if copier is not None and program.checksum else []
-        run.spend(time.perf_counter() - started)
+        run.spend(time.thread_time() - started)
         return Finished(tuple(sums), staging.nbytes if staging is not None else 0, run.host_seconds)
 
     def _close_run(self, run: Run, finished: Finished, deadline: Deadline) -> bool:
