@@ -317,7 +317,7 @@ class Agent:
         if self._hooks.abandoned:
             raise errors.SyncAborted("the run was given up while its hook was called")
 
-        started = time.perf_counter()
+        started = time.thread_time()
         live = self._read_shards(request.actor, in_haste=bool(request.ahead))
         shards = live.shards
         nan = count_nan(shards) if request.scan else ()
@@ -360,7 +360,7 @@ class Agent:
                 own = self._sessions[request.run.group] = self._make_session()
 
             own.run = run
-            run.spend(time.perf_counter() - started)
+            run.spend(time.thread_time() - started)
             if request.layout is not None and request.layout != self._digest:
                 own.refuse(run, request.ahead)
             else:

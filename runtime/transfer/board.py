@@ -89,7 +89,7 @@ class Boards:
     The boards of an actor's peers. May be used by several threads.
 
     :param device: the actor's GPU
-    :ivar waited_seconds: for what they were to say
+    :ivar waited_seconds: the processor's time that threads spent waiting for what they were to say
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -165,7 +165,7 @@ class Boards:
         deadline: Deadline,
         check: Callable[[], None],
     ) -> list[int]:
-        started = time.perf_counter()
+        started = time.thread_time()
         heard = self._heard.get(peer)
         while heard is None or not enough(heard):
             heard = self._heard[peer] = self._read(peer, 0, _STEPS + self._peer(peer).steps)
@@ -173,7 +173,7 @@ class Boards:
             if not enough(heard) and deadline.passed:
                 raise MoveTimeout(f"actor {peer} had not {said} by the deadline")
 
-        self.waited_seconds += time.perf_counter() - started
+        self.waited_seconds += time.thread_time() - started
         return heard
 
     def _peer(self, peer: int) -> _Peer:

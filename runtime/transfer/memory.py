@@ -140,6 +140,15 @@ class Memory:
                     tensor=shard.name,
                 )
 
+    def require_in_place(self) -> None:
+        """
+        Make sure that the shards are where they were: a quarter of :meth:`require_still`.
+
+        :raises LayoutError: naming one that is not
+        """
+        if not all(map(operator.eq, map(torch.Tensor.data_ptr, self._views), self._addresses)):
+            self.require_still()
+
     def source(self, cut: Cut) -> torch.Tensor:
         """
         Return what holds ``cut``: the view it was received into last, if it was.

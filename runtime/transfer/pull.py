@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import operator
 import time
 from array import array
@@ -36,10 +37,11 @@ __all__ = ("Puller", "Turn", "export_addresses", "why_not_shared")
 #: at 4 MiB and 388 at 8 MiB against 373, but 363 at 2 MiB. Both at once are no faster than the better of them.
 _ENGINE_NBYTES = 4 << 20
 #: What was written is summed up part by part, each a third of what is left, so that little is left to sum up when the
-#: last byte has arrived. The first is small and the next ones grow: bytes travel while the tensors behind them are
-#: looked at.
+#: last byte has arrived. Of many cuts the first part is small and the next ones grow: bytes travel while the tensors
+#: behind them are looked at, a third of a microsecond each.
 _SHARE = 3
 _GROWTH = 3
+_MANY_CUTS = 1024
 _LEAST_PART_NBYTES = 128 << 20
 
 
@@ -69,6 +71,7 @@ class _Part:
     :ivar sums: what was written
     :ivar needs: bytes of the step, in wire order, that the sender must vouch for
     :ivar watch: the tensors that are written to
+    :ivar is_small: to sum it up with all of the device holds up nobody for long
     """
 
     batch: CopyBatch | None
@@ -76,6 +79,7 @@ class _Part:
     sums: tuple[Table, ...]
     needs: int
     watch: Watch
+    is_small: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,9 +103,9 @@ class _Arrival:
         for fence in self._fences:
             fence.wait(deadline)
 
-        started = time.perf_counter()
+        started = time.thread_time()
         self._watch.require_in_place()
-        self._spend(time.perf_counter() - started)
+        self._spend(time.thread_time() - started)
 
 
 def why_not_shared(memory: Memory) -> str:
@@ -284,7 +288,7 @@ class Puller:
 
                 with torch.cuda.stream(self.sums):
                     for table in part.sums:
-                        sum_source(table, total, hurry=self._crowded and not self._pulls_far)
+                        sum_source(table, total, hurry=self._crowded and (part.is_small or not self._pulls_far))
 
             yield _Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch, turn.spend)
 
@@ -386,7 +390,7 @@ class Puller:
 
         starts = [wire for _, wire in _on_wire(step.cuts)]
         for counts, pulled in ((False, others), (True, counted)):
-            for segments in _fill(pulled):
+            for segments in _fill(pulled, _first_room(step)):
                 spans = [(segment.wire, segment.wire + segment.rows * segment.nbytes) for segment in segments]
                 watch = self._held().watch(step.cuts[number] for number in _touched(starts, spans))
                 yield self._part(segments, watch, max(end for _, end in spans), counted=counts, near=near)
@@ -447,6 +451,7 @@ class Puller:
             build_tables(join_segments(own), self.device) if counted else (),
             needs,
             watch,
+            sum(segment.rows * segment.nbytes for segment in segments) <= 2 * _LEAST_PART_NBYTES,
         )
 
     def _held(self) -> Memory:
@@ -456,10 +461,15 @@ class Puller:
         return self._memory
 
 
-def _fill(segments: list[Segment]) -> Iterable[list[Segment]]:
-    """Yield ``segments`` in order, cut and put together to parts that grow from a small one, and shrink to the end."""
+def _first_room(step: Step) -> float:
+    """Return the bytes of the first part of a step."""
+    return _LEAST_PART_NBYTES if len(step.cuts) > _MANY_CUTS else math.inf
+
+
+def _fill(segments: list[Segment], first: float) -> Iterable[list[Segment]]:
+    """Yield ``segments`` in order, cut and put together to parts that grow from ``first`` bytes, then shrink."""
     left = sum(segment.rows * segment.nbytes for segment in segments)
-    room = _LEAST_PART_NBYTES
+    room = max(min(left // _SHARE, first), _LEAST_PART_NBYTES)
     part: list[Segment] = []
     used = 0
     for whole in segments:
@@ -492,7 +502,7 @@ def _lend(place: int, step: Step, memory: Memory, seen: set[int]) -> Iterator[_L
 
     :param seen: tensors of parts that are vouched for before; those of each part are added
     """
-    room = _LEAST_PART_NBYTES
+    room = _first_room(step)
     lent: list[Cut] = []
     used = 0
     for cut, wire in _on_wire(step.cuts):

@@ -46,7 +46,7 @@ class Run:
     """
     One sync, as one actor sees it.
 
-    :ivar host_seconds: what this actor's threads spent on it, waits left out
+    :ivar host_seconds: the processor's time that this actor's threads spent on it, waits left out
     :ivar peers: the actors that must have found their weights in place for the run to close by itself
     :ivar lends: its memory is where peers that pull from it believe it to be
     :ivar opened: its first step has been queued
@@ -262,6 +262,12 @@ class Session:
         if self._puller is not None:
             self._puller.take_on(program)
 
+        steps = len(program.steps)
+        if self.run is not None and self.run.memory.device.type == "cuda" and not self._has_room(steps):
+            # Whether others read it is not known yet. By now, since the first post loads a kernel: that takes 0.1 s.
+            self._board = Board(steps, self.run.memory.device)
+            self._board.post(BEGUN, 0)
+
         sends = any(step.sender == program.actor for step in program.steps)
         self._forwards = sends and any(program.actor in step.receivers for step in program.steps)
         self._allocate()
@@ -273,9 +279,8 @@ class Session:
     def export(self, name: RunId) -> Addresses:
         """Say where the cuts lie that others pull from this actor, and let them. On the lane."""
         run, program = self.current(name), self._loaded()
-        steps = len(program.steps)
-        if self._board is None or self._board.steps < steps:
-            self._board = Board(steps, run.memory.device)
+        if self._board is None:
+            raise errors.SyncError("the actor was asked for its addresses before it had its program on a GPU")
 
         addresses = export_addresses(program, self.memory_of(run), self._board)
         self._exported = run.memory
@@ -466,9 +471,9 @@ class Session:
     @contextlib.contextmanager
     def _on_host(self, run: Run) -> Iterator[None]:
         """Count what this thread spends on the run."""
-        started, waited = time.perf_counter(), self._waited_seconds
+        started, waited = time.thread_time(), self._waited_seconds
         yield
-        run.spend(time.perf_counter() - started - (self._waited_seconds - waited))
+        run.spend(time.thread_time() - started - (self._waited_seconds - waited))
 
     @property
     def _waited_seconds(self) -> float:
@@ -496,7 +501,11 @@ class Session:
 
     def _tally(self, steps: int, device: torch.device) -> Tally:
         board = self._board
-        return Tally(steps, device, board.sums if board is not None and board.steps >= steps else None)
+        return Tally(steps, device, board.sums if board is not None and self._has_room(steps) else None)
+
+    def _has_room(self, steps: int) -> bool:
+        """Tell whether there is a board for so many steps."""
+        return self._board is not None and self._board.steps >= steps
 
     def _turn(self, run: Run, deadline: Deadline) -> Turn:
         return Turn(run.name.serial, deadline, run.check, lambda: bool(run.given_up), run.spend)
@@ -584,11 +593,14 @@ class Session:
     def _finish(self, run: Run, deadline: Deadline) -> Finished:
         """Wait until all that was written is in place; return the sums of the run's steps."""
         program, staging, puller = self._loaded(), self._staging, self._puller
-        started = time.perf_counter()
-        if any(not step.pull or step.sender == run.actor for step in program.steps):
+        started = time.thread_time()
+        if not all(step.pull for step in program.steps):
             run.memory.require_still()
+        elif any(step.sender == run.actor for step in program.steps):
+            # Looked at as a whole before it was lent; what was received was looked at as it arrived.
+            run.memory.require_in_place()
 
-        run.spend(time.perf_counter() - started)
+        run.spend(time.thread_time() - started)
 
         if staging is not None:
             staging.finish(deadline)
@@ -597,10 +609,10 @@ class Session:
             CudaFence(puller.finished(), lambda: bool(run.given_up)).wait(deadline)
 
         run.check()
-        started = time.perf_counter()
+        started = time.thread_time()
         copier = run.copier
         sums = copier.sums(len(program.steps)) if copier is not None and program.checksum else []
-        run.spend(time.perf_counter() - started)
+        run.spend(time.thread_time() - started)
         return Finished(tuple(sums), staging.nbytes if staging is not None else 0, run.host_seconds)
 
     def _close_run(self, run: Run, finished: Finished, deadline: Deadline) -> bool:
