@@ -38,7 +38,8 @@ from wavecast.runtime.presets import preset
 from wavecast.runtime.report import Torn
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence, Move
 from wavecast.runtime.transfer.messages import RunStep
-from wavecast.runtime.transfer.session import Run, Session
+from wavecast.runtime.transfer.run import Run
+from wavecast.runtime.transfer.session import Session
 
 __all__ = ("Cell", "StruckActor", "main")
 

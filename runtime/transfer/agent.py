@@ -18,6 +18,7 @@ from wavecast.runtime import errors
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
 from wavecast.runtime.transfer.comm import CommunicatorError, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
+from wavecast.runtime.transfer.futures import pass_on
 from wavecast.runtime.transfer.hooks import Hook, HookCall, Hooks, call_hooks, call_hooks_async
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
@@ -55,7 +56,8 @@ from wavecast.runtime.transfer.messages import (
 )
 from wavecast.runtime.transfer.program import Program
 from wavecast.runtime.transfer.pull import why_not_shared
-from wavecast.runtime.transfer.session import Run, Session, pass_on
+from wavecast.runtime.transfer.run import Run
+from wavecast.runtime.transfer.session import Session
 from wavecast.runtime.transfer.shadow import Shadow
 from wavecast.runtime.transfer.tables import has_kernels, warm_up
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import math
 import operator
 import time
 from array import array
@@ -27,8 +25,9 @@ from wavecast.runtime.transfer.cuda_memory import (
 )
 from wavecast.runtime.transfer.memory import Memory, Watch, strided
 from wavecast.runtime.transfer.messages import Addresses
-from wavecast.runtime.transfer.program import ALIGNMENT, Cut, Program, Step
-from wavecast.runtime.transfer.segments import Segment, Strided, join_segments, pair_segments, split_segment
+from wavecast.runtime.transfer.parts import Lent, fill_parts, is_small, lend, on_wire, touched_cuts
+from wavecast.runtime.transfer.program import Cut, Program, Step
+from wavecast.runtime.transfer.segments import Segment, Strided, join_segments, pair_segments
 from wavecast.runtime.transfer.tables import Table, build_tables, copy_table, sum_source
 
 __all__ = ("Puller", "Turn", "export_addresses", "why_not_shared")
@@ -36,13 +35,6 @@ __all__ = ("Puller", "Turn", "export_addresses", "why_not_shared")
 #: A row of at least so many bytes goes by a copy engine, which is faster than a kernel there: between two H200 379 GB/s
 #: at 4 MiB and 388 at 8 MiB against 373, but 363 at 2 MiB. Both at once are no faster than the better of them.
 _ENGINE_NBYTES = 4 << 20
-#: What was written is summed up part by part, each a third of what is left, so that little is left to sum up when the
-#: last byte has arrived. Of many cuts the first part is small and the next ones grow: bytes travel while the tensors
-#: behind them are looked at, a third of a microsecond each.
-_SHARE = 3
-_GROWTH = 3
-_MANY_CUTS = 1024
-_LEAST_PART_NBYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +72,6 @@ class _Part:
     needs: int
     watch: Watch
     is_small: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Lent:
-    """:ivar nbytes: of the step, in wire order, up to where ``watch`` tells of the tensors they are in"""
-
-    place: int
-    nbytes: int
-    watch: Watch
 
 
 class _Arrival:
@@ -174,7 +157,7 @@ class Puller:
         self._memory: Memory | None = None
         self._receiving: dict[int, tuple[_Part, ...]] = {}
         self._sending: dict[int, tuple[Table, ...]] = {}
-        self._lending: tuple[_Lent, ...] | None = None
+        self._lending: tuple[Lent, ...] | None = None
         self._twins: dict[tuple[Cut, ...], int] = {}
         self._twin_of: dict[int, int] = {}
         self._summed: dict[int, torch.Tensor] = {}
@@ -347,12 +330,12 @@ class Puller:
     def _streams(self) -> tuple[torch.cuda.Stream, ...]:
         return self._engine, self._walk, self._near, self.sums
 
-    def _lent(self, program: Program) -> tuple[_Lent, ...]:
+    def _lent(self, program: Program) -> tuple[Lent, ...]:
         if self._lending is None:
             memory, seen = self._held(), set[int]()
             # What stays on this GPU has time: it is copied beside what takes a link.
             parts = (
-                _lend(place, step, memory, seen)
+                lend(place, step.cuts, memory, seen)
                 for place, step in sorted(enumerate(program.steps), key=lambda each: each[1].near)
                 if step.pull and step.sender == program.actor
             )
@@ -366,7 +349,7 @@ class Puller:
         if found is None:
             memory = self._held()
             segments: list[Segment] = []
-            for cut, wire in _on_wire(step.cuts):
+            for cut, wire in on_wire(step.cuts):
                 place = strided(memory.source(cut))
                 segments.extend(pair_segments(cut.extent, itemsize(cut.dtype), place, place, wire=wire))
 
@@ -388,11 +371,11 @@ class Puller:
             # Copy engines first: they need no multiprocessor, which senders on their GPUs are summing up with by then.
             counted.sort(key=lambda segment: segment.nbytes < _ENGINE_NBYTES)
 
-        starts = [wire for _, wire in _on_wire(step.cuts)]
+        starts = [wire for _, wire in on_wire(step.cuts)]
         for counts, pulled in ((False, others), (True, counted)):
-            for segments in _fill(pulled, _first_room(step)):
+            for segments in fill_parts(pulled, len(step.cuts)):
                 spans = [(segment.wire, segment.wire + segment.rows * segment.nbytes) for segment in segments]
-                watch = self._held().watch(step.cuts[number] for number in _touched(starts, spans))
+                watch = self._held().watch(step.cuts[number] for number in touched_cuts(starts, spans))
                 yield self._part(segments, watch, max(end for _, end in spans), counted=counts, near=near)
 
     def _pulled(self, step: Step) -> tuple[list[Segment], list[Segment]]:
@@ -410,7 +393,7 @@ class Puller:
         numbers.frombytes(self._remote[step.task])
         bases = self._bases[step.sender]
         at = 0
-        for cut, wire in _on_wire(step.cuts):
+        for cut, wire in on_wire(step.cuts):
             dims = len(cut.extent)
             handle = numbers[at]
             source = Strided(bases[handle] + numbers[at + 1], tuple(numbers[at + 2 : at + 2 + dims]))
@@ -451,7 +434,7 @@ class Puller:
             build_tables(join_segments(own), self.device) if counted else (),
             needs,
             watch,
-            sum(segment.rows * segment.nbytes for segment in segments) <= 2 * _LEAST_PART_NBYTES,
+            is_small(segments),
         )
 
     def _held(self) -> Memory:
@@ -459,67 +442,6 @@ class Puller:
             raise SyncError("a pulled step was asked for before the run began")
 
         return self._memory
-
-
-def _first_room(step: Step) -> float:
-    """Return the bytes of the first part of a step."""
-    return _LEAST_PART_NBYTES if len(step.cuts) > _MANY_CUTS else math.inf
-
-
-def _fill(segments: list[Segment], first: float) -> Iterable[list[Segment]]:
-    """Yield ``segments`` in order, cut and put together to parts that grow from ``first`` bytes, then shrink."""
-    left = sum(segment.rows * segment.nbytes for segment in segments)
-    room = max(min(left // _SHARE, first), _LEAST_PART_NBYTES)
-    part: list[Segment] = []
-    used = 0
-    for whole in segments:
-        for segment in split_segment(whole, _LEAST_PART_NBYTES):
-            if part and used + segment.rows * segment.nbytes > room:
-                yield part
-                left -= used
-                room = max(min(left // _SHARE, _GROWTH * room), _LEAST_PART_NBYTES)
-                part, used = [], 0
-
-            part.append(segment)
-            used += segment.rows * segment.nbytes
-
-    if part:
-        yield part
-
-
-def _touched(starts: Sequence[int], spans: Iterable[tuple[int, int]]) -> list[int]:
-    """Return the numbers of the cuts that start at ``starts`` of the wire and have some of ``spans``."""
-    found: set[int] = set()
-    for start, end in spans:
-        found.update(range(bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, end)))
-
-    return sorted(found)
-
-
-def _lend(place: int, step: Step, memory: Memory, seen: set[int]) -> Iterator[_Lent]:
-    """
-    Yield the cuts of ``step`` in wire order, put together to parts that grow from a small one.
-
-    :param seen: tensors of parts that are vouched for before; those of each part are added
-    """
-    room = _first_room(step)
-    lent: list[Cut] = []
-    used = 0
-    for cut, wire in _on_wire(step.cuts):
-        lent.append(cut)
-        used += cut.nbytes
-        if used >= room or cut is step.cuts[-1]:
-            yield _Lent(place, wire + cut.nbytes, memory.watch(lent, seen))
-            room *= _GROWTH
-            lent, used = [], 0
-
-
-def _on_wire(cuts: Iterable[Cut]) -> Iterable[tuple[Cut, int]]:
-    """Yield each cut with the byte at which it would start if the step were packed."""
-    wire = 0
-    for cut in cuts:
-        yield cut, wire
-        wire += -(-cut.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _index(device: torch.device) -> int:

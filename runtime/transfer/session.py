@@ -16,8 +16,9 @@ from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Board
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence
 from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
 from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
-from wavecast.runtime.transfer.copying import Copier, TensorCopier
+from wavecast.runtime.transfer.copying import TensorCopier
 from wavecast.runtime.transfer.fused import FusedCopier, Tables, Tally
+from wavecast.runtime.transfer.futures import item_of, pass_on, promised
 from wavecast.runtime.transfer.lane import Lane
 from wavecast.runtime.transfer.memory import Memory
 from wavecast.runtime.transfer.messages import (
@@ -33,64 +34,14 @@ from wavecast.runtime.transfer.messages import (
 )
 from wavecast.runtime.transfer.program import Bucket, Program, Step, fill_buckets
 from wavecast.runtime.transfer.pull import Puller, Turn, export_addresses
+from wavecast.runtime.transfer.run import Run
 from wavecast.runtime.transfer.sealed_store import SealedStore
 from wavecast.runtime.transfer.staging import Leg, Staging
 
-__all__ = ("Run", "Session", "pass_on")
+__all__ = ("Session",)
 
 #: How long giving up waits for the transfer thread before it leaves it behind.
 _GRACE_SECONDS = 0.3
-
-
-class Run:
-    """
-    One sync, as one actor sees it.
-
-    :ivar host_seconds: the processor's time that this actor's threads spent on it, waits left out
-    :ivar peers: the actors that must have found their weights in place for the run to close by itself
-    :ivar lends: its memory is where peers that pull from it believe it to be
-    :ivar opened: its first step has been queued
-    :ivar close: ends the run on this actor; ``None`` when the driver does
-    :ivar failed: a step of it did, whoever has been told so yet
-    """
-
-    def __init__(self, name: RunId, actor: int, memory: Memory) -> None:
-        self.name = name
-        self.actor = actor
-        self.memory = memory
-        self.next_step = 0
-        self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
-        self.peers: tuple[int, ...] = ()
-        self.close: Callable[[], object] | None = None
-        self.lends = False
-        self.opened = False
-        self.failed = False
-        self.given_up = ""
-        self.copier: Copier | None = None
-        self.tally: Tally | None = None
-        self.wrote = False
-        self.host_seconds = 0.0
-        self.ready: torch.cuda.Event | None = None
-        if memory.device.type == "cuda":
-            self.ready = torch.cuda.Event()
-            self.ready.record(torch.cuda.current_stream(memory.device))
-
-    def spend(self, seconds: float) -> None:
-        """Add to what this actor's threads spent on the run."""
-        self.host_seconds += seconds
-
-    def check(self) -> None:
-        """Raise once the run has been given up."""
-        if self.given_up:
-            raise errors.SyncAborted(self.given_up)
-
-    def give_up(self, reason: str) -> None:
-        """Let nothing more be read or written, and answer the steps that wait for their turn."""
-        self.given_up = reason
-        for _, future in self.waiting.values():
-            future.set_exception(errors.SyncAborted(reason))
-
-        self.waiting.clear()
 
 
 class Session:
@@ -153,8 +104,8 @@ class Session:
             run.next_step = len(requests)
             queued = self.lane.submit(lambda: self._steps(run, requests))
             for request in requests:
-                future = self._started[request.run, request.step] = _promised()
-                self._await(_item(queued, request.step), run, request, future)
+                future = self._started[request.run, request.step] = promised()
+                self._await(item_of(queued, request.step), run, request, future)
 
     def enqueue(self, request: RunStep) -> Future[Reply]:
         """
@@ -162,7 +113,7 @@ class Session:
 
         Of one that was started ahead this is what became of it.
         """
-        future = _promised()
+        future: Future[Reply] = promised()
         with self._lock:
             started_ahead = self._started.pop((request.run, request.step), None)
             if started_ahead is not None:
@@ -320,7 +271,7 @@ class Session:
 
         self.refuse_to_close(run)
         run.next_step = len(requests)
-        self._started = {(request.run, request.step): _promised() for request in requests}
+        self._started = {(request.run, request.step): promised() for request in requests}
         for future in self._started.values():
             future.set_exception(error)
 
@@ -657,38 +608,3 @@ def _take_next(parts: Iterator[Fence], found: list[Fence]) -> bool:
         return True
 
     return False
-
-
-def _promised() -> Future[Reply]:
-    """Return what will be answered: a caller on an event loop that stops waiting must not cancel that."""
-    future: Future[Reply] = Future()
-    future.set_running_or_notify_cancel()
-    return future
-
-
-def _item(several: Future[list[list[Fence]]], index: int) -> Future[list[Fence]]:
-    """Return the future of one item of a list."""
-    one: Future[list[Fence]] = Future()
-
-    def pick(done: Future[list[list[Fence]]]) -> None:
-        error = done.exception()
-        if error is not None:
-            one.set_exception(error)
-        else:
-            one.set_result(done.result()[index])
-
-    several.add_done_callback(pick)
-    return one
-
-
-def pass_on(inner: Future[Reply], outer: Future[Reply]) -> None:
-    """Let ``outer`` end as ``inner`` does."""
-
-    def end(done: Future[Reply]) -> None:
-        error = done.exception()
-        if error is None:
-            outer.set_result(done.result())
-        else:
-            outer.set_exception(error)
-
-    inner.add_done_callback(end)

@@ -18,7 +18,8 @@ from wavecast.runtime.transfer.hooks import Hook
 from wavecast.runtime.transfer.memory import as_bits
 from wavecast.runtime.transfer.messages import Commit, Compare, Connect, Probe, Reply, Request, RunHook, RunStep
 from wavecast.runtime.transfer.program import Program
-from wavecast.runtime.transfer.session import Run, Session
+from wavecast.runtime.transfer.run import Run
+from wavecast.runtime.transfer.session import Session
 
 __all__ = ("Fault", "FaultyAgent", "Injector", "faulty_session")
 

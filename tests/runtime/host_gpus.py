@@ -28,7 +28,7 @@ from tests.runtime.transfer.crew import ThreadHost, Wires
 from tests.runtime.transfer.host_device import UNITS_PER_TILE, Exporter, allocation_of, walk
 from wavecast.runtime.errors import TransportUnavailable
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.transfer import agent, board, fused, pull, session, shadow, staging, tables
+from wavecast.runtime.transfer import agent, board, fused, pull, run, session, shadow, staging, tables
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence, Move
 from wavecast.runtime.transfer.memory import Memory
@@ -44,7 +44,8 @@ from wavecast.runtime.transfer.messages import (
     decode,
     encode,
 )
-from wavecast.runtime.transfer.session import Run, Session
+from wavecast.runtime.transfer.run import Run
+from wavecast.runtime.transfer.session import Session
 from wavecast.runtime.transfer.shadow import Shadow
 from wavecast.runtime.transfer.tables import Table
 from wavecast.runtime.transfer.worker import overridden_hooks
@@ -314,7 +315,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setitem(
         sys.modules, "wavecast.runtime.transfer.kernels", cast("Any", SimpleNamespace(UNITS_PER_TILE=UNITS_PER_TILE))
     )
-    for module in (agent, board, fused, pull, session, shadow, staging):
+    for module in (agent, board, fused, pull, run, session, shadow, staging):
         monkeypatch.setattr(module, "torch", GpuTorch(machine))
 
     lay_down = tables._table

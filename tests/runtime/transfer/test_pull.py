@@ -14,7 +14,7 @@ from tests.runtime.transfer.host_device import Device, signed, weighed_sum
 from tests.runtime.transfer.test_fused import noise, tensor_of, whole_of
 from wavecast.runtime.errors import SyncAborted, SyncError, TransportUnavailable
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.transfer import board, pull, tables
+from wavecast.runtime.transfer import board, parts, pull, tables
 from wavecast.runtime.transfer.board import BEGUN, Board
 from wavecast.runtime.transfer.comm import Deadline, MoveTimeout
 from wavecast.runtime.transfer.copying import pack
@@ -142,9 +142,9 @@ def test_what_is_pulled_is_bit_for_bit_the_senders_and_sums_up_to_what_the_oracl
     device: Device, monkeypatch: pytest.MonkeyPatch, engine_nbytes: int, least_part: int
 ) -> None:
     monkeypatch.setattr(pull, "_ENGINE_NBYTES", engine_nbytes)
-    monkeypatch.setattr(pull, "_LEAST_PART_NBYTES", least_part)
+    monkeypatch.setattr(parts, "_LEAST_PART_NBYTES", least_part)
     # Many small parts are looked at and vouched for one by one.
-    monkeypatch.setattr(pull, "_MANY_CUTS", 0 if least_part == 256 else 1024)
+    monkeypatch.setattr(parts, "_MANY_CUTS", 0 if least_part == 256 else 1024)
     pair = odd_pair()
     pair.attach()
     sent, found = pair.run(device)
