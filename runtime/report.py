@@ -85,7 +85,7 @@ class SyncReport:
     :ivar device: ``"cuda"`` or ``"cpu"``: where the destinations' shards are
     :ivar staging_bytes: the most extra memory an actor holds for staging
     :ivar communicator_bytes: the most device memory an actor's communicators took, where it can be measured
-    :ivar host_seconds: the most that an actor's threads spent on the steps, waits left out
+    :ivar host_seconds: the most of the processor's time that an actor's threads spent on the sync, waits left out
     :ivar connected: whether communicators were made in this sync
     :ivar planned: whether a plan was made in this sync
     :ivar seconds: by phase

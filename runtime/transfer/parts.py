@@ -37,7 +37,7 @@ def _first_room(cuts: int) -> float:
 
 
 def is_small(segments: Iterable[Segment]) -> bool:
-    """Tell whether a part is about the smallest there is: summed up with all of a device it holds up nobody for long."""
+    """Tell whether a part is about the smallest there is: its sum holds up nobody for long."""
     return sum(segment.rows * segment.nbytes for segment in segments) <= 2 * _LEAST_PART_NBYTES
 
 
