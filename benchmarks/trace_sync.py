@@ -2,11 +2,11 @@
 Where each millisecond of one warm sync goes: what driver and actors were at, on one clock.
 
     python benchmarks/trace_sync.py --case across-7b --json trace.json      # cases as in bench_sync.py
-    python benchmarks/trace_sync.py --case cpu-across-7b --profile DIR          # and PyTorch's profiler on every actor
+    python benchmarks/trace_sync.py --case across-7b --profile DIR          # and PyTorch's profiler on every actor
 
 The calls are marked by wrapping them, in this process and in the actors; a mark costs microseconds. With `--profile`
 one more sync is recorded by PyTorch's profiler on every actor: DIR gets a Chrome trace of each, and the report says
-what each device did, by kernel.
+what each GPU did, by kernel. Transfers run on threads of their own, of which the profiler sees nothing but the GPU.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ __all__ = ("AGREED", "BEGUN", "SUMMED", "Board", "Boards")
 BEGUN, SUMMED, AGREED = 0, 1, 2
 _STEPS = 3
 _WORD_NBYTES = 8
+#: What is not there after so many looks, some 20 us each, is not looked for all the time.
+_EAGER_LOOKS = 5000
+_NAP_SECONDS = 100e-6
 
 
 class Board:
@@ -167,7 +170,12 @@ class Boards:
     ) -> list[int]:
         started = time.thread_time()
         heard = self._heard.get(peer)
+        looks = 0
         while heard is None or not enough(heard):
+            looks += 1
+            if looks > _EAGER_LOOKS:
+                time.sleep(_NAP_SECONDS)
+
             heard = self._heard[peer] = self._read(peer, 0, _STEPS + self._peer(peer).steps)
             check()
             if not enough(heard) and deadline.passed:

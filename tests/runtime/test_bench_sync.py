@@ -29,6 +29,7 @@ MODULES = (
     "sync_table",
     "sync_chart",
     "bench_sync",
+    "trace_sync",
 )
 
 
@@ -449,3 +450,57 @@ def test_the_list_of_cases_needs_no_cluster(bench, capsys):
 def test_cases_on_cpus_and_gpus_do_not_mix(bench, capsys):
     assert bench.bench_sync.main(["--case", "across-7b", "--case", "cpu-across-7b"]) == 2
     assert "do not go into one run" in capsys.readouterr().err
+
+
+# Traces.
+
+
+class Counter:
+    def add(self, amount):
+        if amount < 0:
+            raise ValueError(amount)
+
+        return amount + 1
+
+
+def test_wrapped_calls_are_marked_whatever_they_end_in_and_return_what_they_did(bench):
+    class Marked(Counter):
+        pass
+
+    marks = bench.trace_sync.Marks()
+    marks.wrap(Marked, "add", lambda own, amount: f"adds {amount}")
+    assert Marked().add(1) == 2
+    with pytest.raises(ValueError, match="-3"):
+        Marked().add(-3)
+
+    found = marks.take()
+    assert [mark.what for mark in found] == ["adds 1", "adds -3"]
+    assert all(mark.nanoseconds >= 0 for mark in found)
+    assert found[0].began <= found[1].began
+    assert marks.take() == []
+
+
+def test_marks_of_all_are_in_one_order_from_where_the_sync_began(bench):
+    mark = bench.trace_sync.Mark
+    rows = bench.trace_sync._merge(
+        [[mark("sync()", 1_000_000, 9_000_000)], [mark("begins", 3_500_000, 250_000)]], 1_000_000
+    )
+    assert rows == [
+        {"who": "driver", "what": "sync()", "at": 0.0, "milliseconds": 9.0},
+        {"who": "actor 0", "what": "begins", "at": 2.5, "milliseconds": 0.25},
+    ]
+
+
+def test_a_devices_work_is_added_up_by_kernel_the_longest_first(bench):
+    mark = bench.trace_sync.Mark
+    found = [mark("walk", 2_000_000, 1_000_000), mark("copy", 1_000_000, 4_000_000), mark("walk", 6_000_000, 2_000_000)]
+    assert bench.trace_sync._by_kind(3, found, 1_000_000) == [
+        {"actor": 3, "what": "copy", "count": 1, "milliseconds": 4.0, "first": 0.0, "last": 4.0},
+        {"actor": 3, "what": "walk", "count": 2, "milliseconds": 3.0, "first": 1.0, "last": 7.0},
+    ]
+
+
+def test_a_trace_that_needs_more_gpus_says_so(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench.trace_sync.torch.cuda, "device_count", lambda: 1)
+    assert bench.trace_sync.main(["--case", "across-7b"]) == 2
+    assert capsys.readouterr().err == "trace_sync: across-7b needs 2 GPUs, 1 are here\n"
