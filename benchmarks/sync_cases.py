@@ -39,11 +39,14 @@ class Bar:
     :ivar share: of the port's ceiling, for the bytes that must cross from one GPU to another
     :ivar overhead_seconds: on top of the time that these bytes take at that share
     :ivar host_seconds: the most that an actor's host thread may be busy, where that is asked for
+    :ivar pause_seconds: the most for which an engine's weights may not be read, where that is asked for: then the time
+        of the whole sync is not
     """
 
     share: float = 1.0
     overhead_seconds: float = 0.0
     host_seconds: float | None = None
+    pause_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,6 +331,13 @@ _TWO = (
         bar=Bar(share=0.80),
     ),
     replace(_ACROSS, name="across-7b-nccl", title="7B dense, 1 to 1, NCCL", transport="nccl", bar=Bar(share=0.85)),
+    replace(
+        _ACROSS,
+        name="across-7b-shadow",
+        title="7B dense, 1 to 1, in shadow: the engine's pause",
+        bar=Bar(pause_seconds=0.020),
+        options=(("staging", "shadow"),),
+    ),
     replace(_ACROSS, name="across-7b-ipc", title="7B dense, 1 to 1, CUDA IPC", transport="ipc"),
     replace(
         _ACROSS_MOE,

@@ -205,6 +205,8 @@ def figures(case: Case, traffic: Traffic, seen: Seen, ceilings: Sequence[Row]) -
                 for phase in asdict(first.seconds)
             },
         },
+        "pause_seconds": _spread([report.pause_seconds for report in warm]),
+        "shadow_bytes": last.shadow_bytes,
         "wall_seconds": list(seen.wall),
         "port_gigabytes_per_second": rate,
         "ceilings": [str(found["pattern"]) for found in ceilings],
@@ -218,15 +220,21 @@ def figures(case: Case, traffic: Traffic, seen: Seen, ceilings: Sequence[Row]) -
         "transport_reasons": list(last.transport_reasons),
         "host_seconds": quantile([report.host_seconds for report in warm], 0.5),
     }
-    return {**row, **_against_bar(case, traffic, p50, ceiling, cast("float", row["host_seconds"]))}
+    pause = quantile([report.pause_seconds for report in warm], 0.95)
+    return {**row, **_against_bar(case, traffic, p50, ceiling, cast("float", row["host_seconds"]), pause)}
 
 
 def _spread(seconds: Sequence[float]) -> Row:
     return {"p50": quantile(seconds, 0.5), "p95": quantile(seconds, 0.95), "min": min(seconds)}
 
 
-def _against_bar(case: Case, traffic: Traffic, p50: float, ceiling: float | None, host_seconds: float) -> Row:
+def _against_bar(
+    case: Case, traffic: Traffic, p50: float, ceiling: float | None, host_seconds: float, pause: float
+) -> Row:
     """Say what the case may take, and whether it does: crossing bytes at the bar's share, local ones at 1 TB/s."""
+    if case.bar is not None and case.bar.pause_seconds is not None:
+        return {"allowed_seconds": None, "meets_bar": pause <= case.bar.pause_seconds}
+
     if case.bar is None or ceiling is None:
         return {"allowed_seconds": None, "meets_bar": None}
 

@@ -116,6 +116,9 @@ def _bar(row: Row) -> str:
     if bar["overhead_seconds"]:
         text = f"{_milliseconds({'p50': row['allowed_seconds']})} ms" if row["allowed_seconds"] else "not known"
 
+    if bar.get("pause_seconds") is not None:
+        text = f"pause {_milliseconds(row['pause_seconds'], 'p95')} of {float(str(bar['pause_seconds'])) * 1e3:.0f} ms"
+
     return f"{text}, {'met' if row['meets_bar'] else 'missed'}" if row["meets_bar"] is not None else text
 
 

@@ -55,7 +55,7 @@ def test_names_are_unique_and_each_suite_has_its_cases(bench):
     names = [found.name for found in bench.sync_cases.CASES]
     assert len(set(names)) == len(names)
     sizes = {suite: len(bench.sync_cases.find_cases(suite=suite, names=())) for suite in bench.sync_cases.SUITES}
-    assert sizes == {"two": 10, "four": 11, "schedules": 3 + len(STRATEGIES), "cpu": 17}
+    assert sizes == {"two": 11, "four": 11, "schedules": 3 + len(STRATEGIES), "cpu": 18}
 
 
 @pytest.mark.parametrize(("suite", "gpus"), [("two", 2), ("four", 4), ("schedules", 4)])
@@ -358,6 +358,19 @@ def test_a_bar_on_the_host_thread_counts_too(bench):
     slow = replace(busy, reports=tuple(replace(each, host_seconds=0.011) for each in busy.reports))
     figures = bench.sync_measure.figures(found, traffic(bench, found.name), slow, ceilings(380.0))
     assert (figures["host_seconds"], figures["meets_bar"]) == (0.011, False)
+
+
+@pytest.mark.parametrize(("seconds", "meets"), [(0.0200, True), (0.0201, False)])
+def test_a_bar_on_the_engines_pause_counts_alone(bench, seconds, meets):
+    found, quick = case(bench, "across-7b-shadow"), seen(bench, [1.0, 0.5, 0.5])
+    first, warm, slowest = (replace(each, pause_seconds=0.004) for each in quick.reports)
+    slow = replace(quick, reports=(first, warm, replace(slowest, pause_seconds=seconds)))
+    figures = bench.sync_measure.figures(found, traffic(bench, found.name), slow, ceilings(380.0))
+    assert figures["pause_seconds"] == {"p50": 0.004, "p95": seconds, "min": 0.004}
+    assert (figures["allowed_seconds"], figures["meets_bar"]) == (None, meets)
+    row = {**bench.sync_measure.case_facts(found), "status": "ok", **figures}
+    verdict = "met" if meets else "missed"
+    assert f"pause {seconds * 1e3:.1f} of 20 ms, {verdict}" in bench.sync_table.as_markdown({"cases": [row]})
 
 
 # The table, the chart and the command.
