@@ -41,6 +41,9 @@ class Board:
         self.page = torch.zeros(_STEPS + 2 * steps, dtype=torch.int64, device=device)
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
+        # The first use of a kernel loads it, whatever is under way: there is one for even words and one for odd ones.
+        for word in (BEGUN, SUMMED, AGREED):
+            self.post(word, 0)
 
     @property
     def sums(self) -> torch.Tensor:

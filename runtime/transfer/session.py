@@ -215,9 +215,8 @@ class Session:
 
         steps = len(program.steps)
         if self.run is not None and self.run.memory.device.type == "cuda" and not self._has_room(steps):
-            # Whether others read it is not known yet. By now, since the first post loads a kernel: that takes 0.1 s.
+            # Whether others read it is not known yet, but to make one takes 0.1 s the first time.
             self._board = Board(steps, self.run.memory.device)
-            self._board.post(BEGUN, 0)
 
         sends = any(step.sender == program.actor for step in program.steps)
         self._forwards = sends and any(program.actor in step.receivers for step in program.steps)
@@ -257,9 +256,6 @@ class Session:
         """
         run.peers = peers
         run.close = close
-        if self._board is None and run.memory.device.type == "cuda":
-            # Nobody reads it: this actor sends nothing, and is the only one that receives.
-            self._board = Board(0, run.memory.device)
 
     def refuse(self, run: Run, requests: Sequence[RunStep]) -> None:
         """Start none of the steps of ``run``: they were planned for another layout. Peers are told as well."""
