@@ -238,7 +238,8 @@ def _table(readings: Mapping[int, Reading]) -> str:
     for done, each in readings.items():
         driver, actors = each.driver, each.actors
         rows.append(
-            f"{done:>7} | {driver.private_bytes / 1e6:9.1f} {driver.heap_bytes / 1e6:7.1f} {driver.open_files:>6} {driver.threads:>7} | "
+            f"{done:>7} | {driver.private_bytes / 1e6:9.1f} {driver.heap_bytes / 1e6:7.1f} "
+            f"{driver.open_files:>6} {driver.threads:>7} | "
             f"{actors.private_bytes / 1e6:8.1f} {actors.heap_bytes / 1e6:7.1f} {actors.open_files:>6} "
             f"{actors.threads:>7} {actors.process_groups:>6} | {each.objects:>7} {each.shared_memory_files:>4}"
         )
