@@ -24,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import anyio
@@ -53,9 +53,12 @@ class Footprint:
     What one process holds.
 
     :ivar private_bytes: resident and its own: pages of Ray's object store that it has looked at are not counted
+    :ivar heap_bytes: of these, what glibc's allocator has handed out and not been given back, mapped blocks included:
+        growth here is held by somebody; growth of ``private_bytes`` alone lies free in the allocator or outside it
     """
 
     private_bytes: int
+    heap_bytes: int
     open_files: int
     threads: int
     process_groups: int
@@ -68,10 +71,26 @@ class Footprint:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return cls(
             private_bytes=1024 * int(status["RssAnon"].split()[0]),
+            heap_bytes=_heap_bytes(),
             open_files=len(os.listdir("/proc/self/fd")),
             threads=len(os.listdir("/proc/self/task")),
             process_groups=len(dist.distributed_c10d._world.pg_map),
         )
+
+
+class _MallInfo(ctypes.Structure):
+    """``struct mallinfo2`` of glibc 2.33 and later."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
+
+
+def _heap_bytes() -> int:
+    """Return what is in use of all of glibc's arenas and of what it mapped apart."""
+    mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
+    mallinfo.restype = _MallInfo
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)
 
 
 class SoakActor(FaultyPoolActor):
@@ -207,8 +226,7 @@ async def _strike(
 async def _read(steadfast: Sequence[object]) -> Reading:
     found = [await actor.footprint.remote() for actor in steadfast]
     actors = Footprint(
-        *(max(getattr(each, name) for each in found) for name in ("private_bytes", "open_files", "threads")),
-        max(each.process_groups for each in found),
+        *(max(getattr(each, field.name) for each in found) for field in fields(Footprint)),
     )
     driver = Footprint.now()
     counted = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
@@ -216,13 +234,14 @@ async def _read(steadfast: Sequence[object]) -> Reading:
 
 
 def _table(readings: Mapping[int, Reading]) -> str:
-    rows = ["  syncs | driver MB  files threads | actor MB  files threads groups | objects  shm"]
+    rows = ["  syncs | driver MB    heap  files threads | actor MB    heap  files threads groups | objects  shm"]
     for done, each in readings.items():
         driver, actors = each.driver, each.actors
         rows.append(
-            f"{done:>7} | {driver.private_bytes / 1e6:9.1f} {driver.open_files:>6} {driver.threads:>7} | "
-            f"{actors.private_bytes / 1e6:8.1f} {actors.open_files:>6} {actors.threads:>7} {actors.process_groups:>6} "
-            f"| {each.objects:>7} {each.shared_memory_files:>4}"
+            f"{done:>7} | {driver.private_bytes / 1e6:9.1f} {driver.heap_bytes / 1e6:7.1f} "
+            f"{driver.open_files:>6} {driver.threads:>7} | "
+            f"{actors.private_bytes / 1e6:8.1f} {actors.heap_bytes / 1e6:7.1f} {actors.open_files:>6} "
+            f"{actors.threads:>7} {actors.process_groups:>6} | {each.objects:>7} {each.shared_memory_files:>4}"
         )
 
     return "\n".join(rows)
