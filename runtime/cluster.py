@@ -101,7 +101,8 @@ class RayActors:
         """
         Send ``request`` and return the reference of its answer; :meth:`answer` awaits it.
 
-        :param attachments: other actors' answers, which Ray hands over without a stop here
+        :param attachments: other actors' answers, which Ray hands over without a stop here; all of them must be there
+            already, or the call could not be cancelled
         """
         ref = self._methods[actor].remote(encode((request, _HOST)), *attachments)
         self._running[ref] = _Call(actor, anyio.current_time())

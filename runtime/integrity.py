@@ -21,12 +21,13 @@ async def validate(actors: RayActors, run: RunId, preparation: Preparation) -> N
         for task in wave.tasks:
             sender = task.senders[0]
             excerpt = actors.start(sender, Probe(run, preparation.step_of[sender][task.id]))
+            # The sender first: its failure should be told as its own. And a call that waits for its attachment has not
+            # been delivered: to cancel it would leave a gap in its actor's calls, for which all later ones would wait.
+            await actors.answer(excerpt, Excerpt)
             refs = [
                 actors.start(receiver, Compare(run, preparation.step_of[receiver][task.id]), excerpt)
                 for receiver in task.receivers
             ]
-            # The sender first: its failure is the receivers' as well, and should be told as its own.
-            await actors.answer(excerpt, Excerpt)
             replies = await actors.answers(refs, Done)
             for receiver, reply in zip(task.receivers, replies, strict=True):
                 if reply.differing:
