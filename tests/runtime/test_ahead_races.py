@@ -112,3 +112,23 @@ def pulls_queued(machine: Machine, monkeypatch: pytest.MonkeyPatch, receivers: i
     monkeypatch.setattr(tables, "_launch", launched)
     monkeypatch.setattr(machine, "copy", copied)
     return found
+
+
+@pytest.mark.parametrize(("needs", "brings"), [("Compare", "Probe"), ("Attach", "Export")])
+async def test_what_takes_an_answer_along_is_asked_once_that_is_there(
+    machine: Machine, needs: str, brings: str
+) -> None:
+    """A call that waits for its attachment has not been delivered, and cannot be cancelled."""
+    stage = GpuStage(machine)
+    async with group_of(stage) as group:
+        stage.renew(1, finite=True)
+        await group.sync(validate=True)
+
+    owed, taken = 0, 0
+    for what, _, name in stage.log:
+        owed += (what == "asked") - (what == "answered") if name == brings else 0
+        if (what, name) == ("asked", needs):
+            taken += 1
+            assert owed == 0
+
+    assert taken >= 2
