@@ -55,7 +55,7 @@ class Connection:
         """Tell whether actors have their programs of ``preparation``, communicators and what they read of others."""
         return (
             self._digest == preparation.digest
-            and self._attached.issuperset(_mapped(preparation))
+            and self._attached.issuperset(preparation.readings)
             and self._carries(preparation)
         )
 
@@ -103,12 +103,8 @@ class Connection:
     async def _attach(self, preparation: Preparation, addresses: Sequence[int], run: RunId) -> None:
         """Let receivers map what they read of others: what is not mapped yet, and of all that have moved since."""
         now = dict(enumerate(addresses))
-        stale = [
-            pair
-            for pair in _mapped(preparation)
-            if pair not in self._attached
-            or (pair in preparation.pulls and now[pair[0]] != self._addresses.get(pair[0]))
-        ]
+        moved = {pair for pair in preparation.pulls if now[pair[0]] != self._addresses.get(pair[0])}
+        stale = moved.union(preparation.readings - self._attached)
         if not stale:
             return
 
@@ -122,7 +118,7 @@ class Connection:
 
         await self._actors.answers(refs, Done)
         self._addresses.update((sender, now[sender]) for sender in exports)
-        self._attached = self._attached.union(_mapped(preparation))
+        self._attached = self._attached.union(preparation.readings)
 
     async def _connect(self, preparation: Preparation, transport: str, run: RunId, seconds: float) -> None:
         self._groups = frozenset()
@@ -153,10 +149,3 @@ class Connection:
         self._groups = frozenset(preparation.groups)
         self._edges = frozenset(preparation.edges)
         self.transport = transport
-
-
-def _mapped(preparation: Preparation) -> tuple[tuple[int, int], ...]:
-    """Return who is read by whom: senders by those that pull, and boards by those that meet or agree."""
-    agreeing = preparation.agreeing
-    both = ((one, other) for one in agreeing for other in agreeing if one != other)
-    return tuple(dict.fromkeys((*preparation.pulls, *preparation.meetings, *both)))

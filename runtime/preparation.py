@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,9 +50,10 @@ class Preparation:
     :ivar pulls: sender and receiver of tasks that the receiver pulls, in schedule order
     :ivar in_flight: tasks an actor is given at a time
     :ivar ahead: by actor: how many of its first steps may start with the run, before a task has finished
-    :ivar meetings: who reads the board of whom before a move that both take part in (the second the first one's), when
-        all members of all moves can: none enters one that another will not
-    :ivar is_safe_ahead: steps may start before all actors are known to have begun: what is pulled and what is met for
+    :ivar readings: whose memory is read by whom: senders' by those that pull, and boards by those that agree, or that
+        meet before a move that both take part in
+    :ivar is_safe_ahead: steps may start before all actors are known to have begun: all is pulled, or met for by members
+        that can read each other's boards, so that none enters a move that another will not
     :ivar agreeing: the receivers, when that is so, all steps start with the run and the destinations' actors can read
         each other's memory: they can end the run among themselves; else nothing
     :ivar pulled_nbytes: bytes that are pulled, of ``plan.nbytes``
@@ -75,7 +77,7 @@ class Preparation:
     pulls: tuple[tuple[int, int], ...]
     in_flight: int
     ahead: tuple[int, ...]
-    meetings: tuple[tuple[int, int], ...]
+    readings: frozenset[tuple[int, int]]
     is_safe_ahead: bool
     agreeing: tuple[int, ...]
     pulled_nbytes: int
@@ -167,6 +169,8 @@ def prepare(
     in_flight = options.in_flight or (max(longest, 1) if is_safe_ahead else _STAGED_IN_FLIGHT)
     ahead = _count_ahead(driven, options.lookahead, in_flight, step_of)
     receivers = tuple(range(len(sources), len(programs)))
+    agreeing = _agreeing(receivers, programs, ahead, carriers) if is_safe_ahead else ()
+    pulls = tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in fetched))
     return Preparation(
         plan=plan,
         schedule=schedule,
@@ -178,12 +182,12 @@ def prepare(
         groups=tuple(dict.fromkeys(many)),
         carriers=carriers,
         edges=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in moved)),
-        pulls=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in fetched)),
+        pulls=pulls,
         in_flight=in_flight,
         ahead=ahead,
-        meetings=meetings,
+        readings=frozenset((*pulls, *meetings, *itertools.permutations(agreeing, 2))),
         is_safe_ahead=is_safe_ahead,
-        agreeing=_agreeing(receivers, programs, ahead, carriers) if is_safe_ahead else (),
+        agreeing=agreeing,
         pulled_nbytes=sum(task.nbytes for task in fetched),
         tensors=len(sent),
         left_out=tuple(name for name in wanted if name not in sent),
@@ -208,7 +212,7 @@ def _count_ahead(
 
 def _meetings(moves: Iterable[tuple[int, ...]], carriers: Carriers) -> tuple[tuple[int, int], ...]:
     """Return the pairs of members of ``moves``, if all may read each other's boards and what moves is a collective."""
-    pairs = tuple(dict.fromkeys((one, other) for move in moves for one in move for other in move if one != other))
+    pairs = tuple(dict.fromkeys(pair for move in moves for pair in itertools.permutations(move, 2)))
     return pairs if carriers.moved == "nccl" and carriers.boards.issuperset(pairs) else ()
 
 
@@ -218,7 +222,7 @@ def _agreeing(
     """Return ``receivers`` when they can end a run among themselves; one that waited for a step could never agree."""
     at_once = all(count == len(program.steps) for count, program in zip(ahead, programs, strict=True))
     busy = all(any(step.sender != actor for step in programs[actor].steps) for actor in receivers)
-    mapped = all((one, other) in carriers.boards for one in receivers for other in receivers if one != other)
+    mapped = carriers.boards.issuperset(itertools.permutations(receivers, 2))
     return receivers if at_once and busy and mapped else ()
 
 

@@ -13,7 +13,7 @@ from wavecast.runtime.errors import LayoutError, SyncAborted
 from wavecast.runtime.transfer.comm import Deadline, MoveTimeout
 from wavecast.runtime.transfer.cuda_memory import make_current, read_async
 
-__all__ = ("AGREED", "BEGUN", "SUMMED", "Board", "Boards")
+__all__ = ("AGREED", "BEGUN", "SUMMED", "Board", "Boards", "index_of")
 
 #: Words of a board, each the serial of a run: the latest whose weights are at rest, whose sums are all there, and in
 #: which the actor has found everything in its place. The serial's negative says that it is not so and will not be.
@@ -99,7 +99,7 @@ class Boards:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._index = device.index if device.index is not None else torch.cuda.current_device()
+        self._index = index_of(device)
         self._stream = torch.cuda.Stream(device)
         self._found = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         self._peers: dict[int, _Peer] = {}
@@ -210,6 +210,11 @@ class Boards:
 def _require_begun(peer: int, serial: int, heard: list[int]) -> None:
     if heard[BEGUN] == -serial:
         raise LayoutError(f"actor {peer} holds another layout than the one the run was planned for", actors=(peer,))
+
+
+def index_of(device: torch.device) -> int:
+    """Return the number of a GPU among the visible ones."""
+    return device.index if device.index is not None else torch.cuda.current_device()
 
 
 _SAID = {BEGUN: "begun the run", SUMMED: "summed up what it sent", AGREED: "found its weights in place"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -16,10 +15,10 @@ from wavecast.runtime.layout.sharing import find_sharing
 from wavecast.runtime.naming import Renames
 from wavecast.runtime.transfer.program import Cut
 from wavecast.runtime.transfer.segments import Strided
+from wavecast.runtime.transfer.snapshot import Snapshot
 
 __all__ = ("Memory", "Watch", "as_bits", "dtype_of", "count_nan", "strided")
 
-_DTYPE = operator.attrgetter("dtype")
 #: To look at all of a large model's tensors takes milliseconds: the processor waits for each.
 _SAMPLE = 256
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,16 +41,9 @@ class Memory:
         self.signature = _signature(self.shards)
         # What was received: a cut may be passed on, and another shard of the same name may not have been written.
         self._written: dict[Cut, torch.Tensor] = {}
-        self._views = [shard.view for shard in self.shards if isinstance(shard.view, torch.Tensor)]
-        self._addresses = [view.data_ptr() for view in self._views]
-        self._shapes = [view.size() for view in self._views]
-        self._strides = [view.stride() for view in self._views]
-        self._dtypes = [view.dtype for view in self._views]
-        contiguous = [view.is_contiguous() for view in self._views]
-        self._dense = list(itertools.compress(self._views, contiguous))
-        others = [not each for each in contiguous]
-        self._strided = list(itertools.compress(self._views, others))
-        self._strides_of = list(itertools.compress(self._strides, others))
+        self._held = [shard for shard in self.shards if isinstance(shard.view, torch.Tensor)]
+        self._snapshot = Snapshot([shard.view for shard in self._held if isinstance(shard.view, torch.Tensor)])
+        self._sample = self._snapshot.part(range(0, len(self._held), max(len(self._held) // _SAMPLE, 1)))
         self._by_name = _by_name(self.shards, {})
         self._under: tuple[Renames, Memory] | None = None
         self._numbers: dict[int, int] = {}
@@ -74,33 +66,20 @@ class Memory:
 
     def holds_still(self, shards: Sequence[Shard]) -> bool:
         """
-        Tell whether ``shards`` are the very objects this was made of, at the same addresses: nothing is to be redone.
-
-        A storage may move under a tensor (offloaded and reloaded, freed and unsharded), and a tensor may be given
-        another shape, other strides, another dtype: all of it shows. For many thousands of tensors this is most of
-        what a warm sync costs an actor's host, so it is done without a line of Python for each.
+        Tell whether ``shards`` are the very objects this was made of, what and where they were: nothing is to be
+        redone.
         """
-        views = self._views
-        return (
-            len(shards) == len(self.shards)
-            and all(map(operator.is_, shards, self.shards))
-            and all(map(operator.eq, map(torch.Tensor.data_ptr, views), self._addresses))
-            and all(map(operator.eq, map(torch.Tensor.size, views), self._shapes))
-            and all(map(torch.Tensor.is_contiguous, self._dense))
-            and all(map(operator.eq, map(torch.Tensor.stride, self._strided), self._strides_of))
-            and all(map(operator.is_, map(_DTYPE, views), self._dtypes))
-        )
+        return self._is_of(shards) and self._snapshot.is_still()
 
     def seems_still(self, shards: Sequence[Shard]) -> bool:
         """
-        Tell whether ``shards`` are the very objects this was made of and those of them that are looked at are at the
-        same addresses: all of a few hundred, a sample of more. Tensors that move do so together.
+        Tell whether ``shards`` are the very objects this was made of and those of them that are looked at are what and
+        where they were: all of a few hundred, a sample of more. Tensors that move do so together.
         """
-        if len(shards) != len(self.shards) or not all(map(operator.is_, shards, self.shards)):
-            return False
+        return self._is_of(shards) and self._sample.is_still()
 
-        step = max(len(self._views) // _SAMPLE, 1)
-        return Watch(self, range(0, len(self._views), step)).is_still()
+    def _is_of(self, shards: Sequence[Shard]) -> bool:
+        return len(shards) == len(self.shards) and all(map(operator.is_, shards, self.shards))
 
     def watch(self, cuts: Iterable[Cut], seen: set[int] | None = None) -> Watch:
         """
@@ -109,7 +88,7 @@ class Memory:
         :param seen: those that need not be looked at again; the others are added
         """
         if not self._numbers:
-            self._numbers = {id(view): number for number, view in enumerate(self._views)}
+            self._numbers = {id(view): number for number, view in enumerate(self._snapshot.views)}
 
         held = (shard.view for cut in cuts for shard in self._holders(cut))
         found = dict.fromkeys(self._numbers[id(view)] for view in held if isinstance(view, torch.Tensor))
@@ -117,7 +96,7 @@ class Memory:
         if seen is not None:
             seen.update(numbers)
 
-        return Watch(self, numbers)
+        return Watch(self, self._snapshot.part(numbers))
 
     def require_still(self) -> None:
         """
@@ -125,20 +104,16 @@ class Memory:
 
         :raises LayoutError: naming one that is not
         """
-        if self.holds_still(self.shards):
+        if self._snapshot.is_still():
             return
 
-        held = (shard for shard in self.shards if isinstance(shard.view, torch.Tensor))
-        before = zip(self._addresses, self._shapes, self._strides, self._dtypes, strict=True)
-        for shard, (address, shape, stride, dtype) in zip(held, before, strict=True):
-            view = shard.view
-            now = (view.data_ptr(), view.size(), view.stride(), view.dtype)  # type: ignore[union-attr]
-            if now != (address, shape, stride, dtype):
-                raise LayoutError(
-                    f"{shard.name!r} was changed during the sync: it was {dtype} of shape {tuple(shape)} "
-                    f"at {address:#x}, it is {now[3]} of shape {tuple(now[1])} at {now[0]:#x}",
-                    tensor=shard.name,
-                )
+        for number, before, now in self._snapshot.differing():
+            name = self._held[number].name
+            raise LayoutError(
+                f"{name!r} was changed during the sync: it was {before.dtype} of shape {tuple(before.shape)} "
+                f"at {before.address:#x}, it is {now.dtype} of shape {tuple(now.shape)} at {now.address:#x}",
+                tensor=name,
+            )
 
     def require_in_place(self) -> None:
         """
@@ -146,7 +121,7 @@ class Memory:
 
         :raises LayoutError: naming one that is not
         """
-        if not all(map(operator.eq, map(torch.Tensor.data_ptr, self._views), self._addresses)):
+        if not self._snapshot.is_in_place():
             self.require_still()
 
     def source(self, cut: Cut) -> torch.Tensor:
@@ -211,26 +186,12 @@ class Watch:
     """
     Some of a memory's tensors as they were when that was made.
 
-    :param numbers: of the tensors, among those of the memory's shards
+    :param snapshot: of the tensors
     """
 
-    def __init__(self, memory: Memory, numbers: Sequence[int]) -> None:
+    def __init__(self, memory: Memory, snapshot: Snapshot) -> None:
         self._memory = memory
-        self._views = [memory._views[number] for number in numbers]
-        self._addresses = [memory._addresses[number] for number in numbers]
-        self._shapes = [memory._shapes[number] for number in numbers]
-        self._strides = [memory._strides[number] for number in numbers]
-        self._dtypes = [memory._dtypes[number] for number in numbers]
-
-    def is_still(self) -> bool:
-        """Tell whether the tensors are what and where they were."""
-        views = self._views
-        return (
-            all(map(operator.eq, map(torch.Tensor.data_ptr, views), self._addresses))
-            and all(map(operator.eq, map(torch.Tensor.size, views), self._shapes))
-            and all(map(operator.eq, map(torch.Tensor.stride, views), self._strides))
-            and all(map(operator.is_, map(_DTYPE, views), self._dtypes))
-        )
+        self._snapshot = snapshot
 
     def require_still(self) -> None:
         """
@@ -238,12 +199,12 @@ class Watch:
 
         :raises LayoutError: naming one that is not
         """
-        if not self.is_still():
+        if not self._snapshot.is_still():
             self._memory.require_still()
 
     def require_in_place(self) -> None:
-        """Make sure that they are where they were: a quarter of :meth:`require_still`, for what has just been that."""
-        if not all(map(operator.eq, map(torch.Tensor.data_ptr, self._views), self._addresses)):
+        """Make sure that they are where they were, for what has just been looked at as a whole."""
+        if not self._snapshot.is_in_place():
             self._memory.require_still()
 
 

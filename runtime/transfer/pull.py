@@ -13,7 +13,7 @@ import torch
 
 from wavecast.runtime.errors import SyncError
 from wavecast.runtime.layout.dtypes import itemsize
-from wavecast.runtime.transfer.board import Board, Boards
+from wavecast.runtime.transfer.board import Board, Boards, index_of
 from wavecast.runtime.transfer.comm import CudaFence, Deadline, Fence
 from wavecast.runtime.transfer.cuda_memory import (
     CopyBatch,
@@ -94,7 +94,7 @@ class _Arrival:
 def why_not_shared(memory: Memory) -> str:
     """Return why other processes could not map the memory, or nothing when they can."""
     exporter = Exporter()
-    make_current(_index(memory.device))
+    make_current(index_of(memory.device))
     try:
         for address in memory.addresses():
             if address:
@@ -111,7 +111,7 @@ def export_addresses(program: Program, memory: Memory, board: Board) -> Addresse
 
     :raises TransportUnavailable: when the memory cannot be shared
     """
-    make_current(_index(memory.device))
+    make_current(index_of(memory.device))
     exporter = Exporter()
     steps: dict[int, bytes] = {}
     for step in program.steps:
@@ -143,7 +143,7 @@ class Puller:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        make_current(_index(device))
+        make_current(index_of(device))
         self._engine = torch.cuda.Stream(device)
         self._walk = torch.cuda.Stream(device)
         self._near = torch.cuda.Stream(device)
@@ -168,7 +168,7 @@ class Puller:
 
         :raises TransportUnavailable: when a sender's memory cannot be mapped here
         """
-        make_current(_index(self.device))
+        make_current(index_of(self.device))
         self.boards.detach(found)
         for sender, addresses in found.items():
             before = self._opened.pop(sender, ())
@@ -193,7 +193,7 @@ class Puller:
     def begin(self, memory: Memory, ready: torch.cuda.Event | None) -> None:
         """Start a run over ``memory``; device work waits for ``ready``."""
         self._summed = {}
-        make_current(_index(self.device))
+        make_current(index_of(self.device))
         if memory is not self._memory:
             self._memory = memory
             self._receiving = {}
@@ -317,7 +317,7 @@ class Puller:
 
     def close(self) -> None:
         """Unmap everything."""
-        make_current(_index(self.device))
+        make_current(index_of(self.device))
         self.synchronize()
         self.boards.detach(self._opened)
         opened, self._opened = self._opened, {}
@@ -442,7 +442,3 @@ class Puller:
             raise SyncError("a pulled step was asked for before the run began")
 
         return self._memory
-
-
-def _index(device: torch.device) -> int:
-    return device.index if device.index is not None else torch.cuda.current_device()
