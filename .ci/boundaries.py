@@ -24,6 +24,7 @@ RUNTIME = (
     "transfer",
     "carriers",
     "preparation",
+    "notices",
     "cluster",
     "connection",
     "model_group",

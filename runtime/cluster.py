@@ -17,7 +17,19 @@ import ray.util
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, TaskCancelledError
 
 from wavecast.runtime import errors
-from wavecast.runtime.transfer.messages import Abort, Close, Failure, Request, RunId, Status, decode, encode
+from wavecast.runtime.notices import Notices
+from wavecast.runtime.transfer.messages import (
+    Abort,
+    Close,
+    Failure,
+    Request,
+    RunId,
+    Status,
+    StepDone,
+    decode,
+    encode,
+)
+from wavecast.runtime.transfer.slip import Slip
 
 __all__ = (
     "ActorHandle",
@@ -55,7 +67,17 @@ Answer: TypeAlias = "ray.ObjectRef[bytes]"
 
 @dataclass(frozen=True, slots=True)
 class RayHost:
-    """What an agent asks of the Ray worker it runs in. Travels with each request."""
+    """
+    What an agent asks of the Ray worker it runs in. Travels with each request.
+
+    :ivar slip: for what the driver is to know ahead of the answer
+    """
+
+    slip: Slip | None = None
+
+    def tell(self, reply: StepDone) -> None:
+        if self.slip is not None:
+            self.slip.send(reply)
 
     def cancelled(self) -> bool:
         return ray.get_runtime_context().is_canceled()
@@ -72,8 +94,11 @@ _HOST = RayHost()
 
 @dataclass(frozen=True, slots=True)
 class _Call:
+    """:ivar told: what the actor tells ahead of its answer, if it can"""
+
     actor: int
     sent: float
+    told: asyncio.Future[StepDone] | None = None
 
 
 class RayActors:
@@ -97,15 +122,19 @@ class RayActors:
     def __len__(self) -> int:
         return len(self.handles)
 
-    def start(self, actor: int, request: Request, *attachments: ray.ObjectRef[bytes]) -> ray.ObjectRef[bytes]:
+    def start(
+        self, actor: int, request: Request, *attachments: ray.ObjectRef[bytes], notices: Notices | None = None
+    ) -> ray.ObjectRef[bytes]:
         """
         Send ``request`` and return the reference of its answer; :meth:`answer` awaits it.
 
         :param attachments: other actors' answers, which Ray hands over without a stop here; all of them must be there
             already, or the call could not be cancelled
+        :param notices: what the actor tells by them is as good as its answer, and sooner there
         """
-        ref = self._methods[actor].remote(encode((request, _HOST)), *attachments)
-        self._running[ref] = _Call(actor, anyio.current_time())
+        slip, told = (None, None) if notices is None else notices.issue()
+        ref = self._methods[actor].remote(encode((request, RayHost(slip))), *attachments)
+        self._running[ref] = _Call(actor, anyio.current_time(), told)
         return ref
 
     async def answer(self, ref: ray.ObjectRef[bytes], expected: type[R]) -> R:
@@ -114,9 +143,10 @@ class RayActors:
 
         :raises SyncError: the actor's own failure, or its death, as the class that fits, naming the actor
         """
-        actor = self._running[ref].actor
+        call = self._running[ref]
+        actor = call.actor
         try:
-            reply = decode(await ref)
+            reply = decode(await ref) if call.told is None else await _first(ref, call.told)
         except RayError as error:
             # A cancelled await leaves the reference on the list, for abort() to end; any answer takes it off.
             self._running.pop(ref, None)
@@ -234,6 +264,17 @@ class RayActors:
         async with anyio.create_task_group() as tasks:
             for ref in refs:
                 tasks.start_soon(_settled, ref)
+
+
+async def _first(ref: ray.ObjectRef[bytes], told: asyncio.Future[StepDone]) -> object:
+    """Return the answer behind ``ref``, or what was told ahead of it: whichever comes first."""
+    answer = asyncio.ensure_future(ref)
+    try:
+        await asyncio.wait((answer, told), return_when=asyncio.FIRST_COMPLETED)
+        return told.result() if told.done() else decode(answer.result())
+    finally:
+        # Ends the wait alone: the call itself goes on to its end.
+        answer.cancel()
 
 
 async def _settled(ref: ray.ObjectRef[bytes]) -> None:

@@ -15,6 +15,7 @@ from wavecast.runtime.cluster import Answer
 from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.integrity import compare_checksums, validate
 from wavecast.runtime.known import Known
+from wavecast.runtime.notices import Notices, listening
 from wavecast.runtime.opening import HeadStart, ask_versions, begin, head_starts
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Preparation
@@ -377,6 +378,10 @@ class SyncRun:
         return await begin(self._known, self._name, self.version, self.request, starts)
 
     async def _transfer(self, preparation: Preparation) -> RunReport:
+        with listening() as notices:
+            return await self._run_schedule(preparation, notices)
+
+    async def _run_schedule(self, preparation: Preparation, notices: Notices | None) -> RunReport:
         # A plain function: calls must reach each actor in the order of the dispatches, however tasks are started.
         def dispatch(task: Task) -> Awaitable[list[StepDone]]:
             self.touched.update(task.receivers)
@@ -384,6 +389,7 @@ class SyncRun:
                 self._actors.start(
                     member,
                     RunStep(self._name, preparation.step_of[member][task.id], preparation.digest, self._seconds_left),
+                    notices=notices,
                 )
                 for member in task.members
             ]

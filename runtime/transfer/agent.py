@@ -52,6 +52,7 @@ from wavecast.runtime.transfer.messages import (
     RunStep,
     Standing,
     Status,
+    StepDone,
     StoreAddress,
 )
 from wavecast.runtime.transfer.program import Program
@@ -72,6 +73,10 @@ class Host(Protocol):
 
     def cancelled(self) -> bool:
         """Tell whether the driver has cancelled the call that is running. Called on the calling thread."""
+        ...
+
+    def tell(self, reply: StepDone) -> None:
+        """Tell the driver ahead of the answer, where it can be told. Called on a thread of the session's."""
         ...
 
     def node(self) -> str:
@@ -243,7 +248,9 @@ class Agent:
                 return _answered(Done())
 
         if isinstance(request, RunStep):
-            return self._step(request)
+            future = self._step(request)
+            future.add_done_callback(lambda done: _tell(host, done))
+            return future
 
         session = self._session(request.run)
         match request:
@@ -555,6 +562,12 @@ def _received(program: Program) -> frozenset[str]:
     renamed = dict(program.renames)
     own = {name for name, logical in renamed.items() if not written.isdisjoint(logical)}
     return frozenset(own | (written - renamed.keys()))
+
+
+def _tell(host: Host, done: Future[Reply]) -> None:
+    """Let the driver know what a step became, unless it failed: only the answer itself can say how."""
+    if not done.cancelled() and done.exception() is None and isinstance(reply := done.result(), StepDone):
+        host.tell(reply)
 
 
 def _answered(reply: Reply) -> Future[Reply]:

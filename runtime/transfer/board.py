@@ -11,7 +11,7 @@ import torch
 
 from wavecast.runtime.errors import LayoutError, SyncAborted
 from wavecast.runtime.transfer.comm import Deadline, MoveTimeout
-from wavecast.runtime.transfer.cuda_memory import make_current, read_async
+from wavecast.runtime.transfer.cuda_memory import clear_words, make_current, read_async, write_word
 
 __all__ = ("AGREED", "BEGUN", "SUMMED", "Board", "Boards", "index_of")
 
@@ -41,9 +41,9 @@ class Board:
         self.page = torch.zeros(_STEPS + 2 * steps, dtype=torch.int64, device=device)
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        # The first use of a kernel loads it, whatever is under way: there is one for even words and one for odd ones.
-        for word in (BEGUN, SUMMED, AGREED):
-            self.post(word, 0)
+        # What is queued when the board is dropped must not reach whoever is given its memory next.
+        self.page.record_stream(self._stream)
+        self._index = index_of(device)
 
     @property
     def sums(self) -> torch.Tensor:
@@ -55,8 +55,9 @@ class Board:
         if ready is not None:
             self._stream.wait_event(ready)
 
-        with torch.cuda.stream(self._stream):
-            self.page[_STEPS : _STEPS + self.steps].fill_(0)
+        if self.steps:
+            make_current(self._index)
+            clear_words(self._address(_STEPS), self.steps, self._stream.cuda_stream)
 
         self.post(BEGUN, serial)
 
@@ -66,8 +67,8 @@ class Board:
 
     def post(self, word: int, value: int) -> None:
         """Write a word."""
-        with torch.cuda.stream(self._stream):
-            self.page[word : word + 1].fill_(value)
+        make_current(self._index)
+        write_word(self._address(word), value, self._stream.cuda_stream)
 
     def take_back(self, serial: int, *, agreed: bool) -> None:
         """
@@ -79,6 +80,9 @@ class Board:
         self.post(SUMMED, -serial)
         if agreed:
             self.post(AGREED, -serial)
+
+    def _address(self, word: int) -> int:
+        return self.page.data_ptr() + word * _WORD_NBYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,17 @@ from collections.abc import Sequence
 
 from wavecast.runtime.errors import TransportUnavailable
 
-__all__ = ("Exporter", "CopyBatch", "allocation_of", "make_current", "open_memory", "close_memory", "read_async")
+__all__ = (
+    "CopyBatch",
+    "Exporter",
+    "allocation_of",
+    "clear_words",
+    "close_memory",
+    "make_current",
+    "open_memory",
+    "read_async",
+    "write_word",
+)
 
 _HANDLE_NBYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -121,6 +131,30 @@ def read_async(target: int, source: int, nbytes: int, stream: int) -> None:
             ctypes.c_void_p(target), ctypes.c_uint64(source), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream)
         ),
         "cuMemcpyDtoHAsync",
+    )
+
+
+def write_word(address: int, value: int, stream: int) -> None:
+    """
+    Queue the write of a signed 64-bit word to device memory on ``stream``, whose earlier writes all GPUs see before it.
+
+    No kernel: it waits for no multiprocessor, and there is nothing to load the first time.
+    """
+    _check(
+        _cuda().cuStreamWriteValue64_v2(
+            ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint64(value), ctypes.c_uint(0)
+        ),
+        "cuStreamWriteValue64",
+    )
+
+
+def clear_words(address: int, count: int, stream: int) -> None:
+    """Queue on ``stream`` that so many 64-bit words of device memory are made 0."""
+    _check(
+        _cuda().cuMemsetD32Async(
+            ctypes.c_uint64(address), ctypes.c_uint(0), ctypes.c_size_t(2 * count), ctypes.c_void_p(stream)
+        ),
+        "cuMemsetD32Async",
     )
 
 

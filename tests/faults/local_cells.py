@@ -118,11 +118,15 @@ class FaultyActor(LocalActor):
         elif type(request).__name__ not in ("Commit", "RunHook"):
             self.injector.arrived(request)
 
-    async def _serve(self, request: Request, attachments: Sequence[Answer]) -> bytes:
+    async def _serve(self, request: Request, host: ThreadHost, attachments: Sequence[Answer]) -> bytes:
         lost = self.injector.loses(request)
         await self._runs.wait()
         found = [decode(await attachment) for attachment in attachments]
-        answer = encode(await self.agent.serve_async(request, ThreadHost(), *found))
+        if lost:
+            # On both ways.
+            host.slip = None
+
+        answer = encode(await self.agent.serve_async(request, host, *found))
         await self._runs.wait()
         if lost:
             await asyncio.Event().wait()

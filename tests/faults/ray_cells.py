@@ -18,8 +18,8 @@ from tests.faults.local_cells import Outcome, text_of
 from tests.integration.actors import PoolActor
 from tests.integration.conftest import MakeSides, Pool, Sides
 from wavecast.runtime import Layout, ParameterSyncGroup, Shard, SyncError, SyncOptions
-from wavecast.runtime.cluster import RayActors
-from wavecast.runtime.transfer.messages import Request, RunStep, decode
+from wavecast.runtime.cluster import RayActors, RayHost
+from wavecast.runtime.transfer.messages import Request, RunStep, decode, encode
 from wavecast.runtime.transfer.session import Session
 from wavecast.runtime.transfer.worker import overridden_hooks
 
@@ -78,7 +78,7 @@ class FaultyPoolActor(PoolActor):
         self._injector.call_hook("after_commit")
 
     def wavecast_request(self, call: bytes, *attachments: bytes) -> bytes:
-        request, host = cast("tuple[Request, object]", decode(call))
+        request, host = cast("tuple[Request, RayHost]", decode(call))
         if self._injector.due(request, "kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         elif self._injector.due(request, "stop"):
@@ -87,8 +87,9 @@ class FaultyPoolActor(PoolActor):
             self._injector.arrived(request)
 
         lost = self._injector.loses(request)
-        answer = super().wavecast_request(call, *attachments)
-        while lost and not host.cancelled():  # type: ignore[attr-defined]
+        # What is lost is lost on both ways.
+        answer = super().wavecast_request(encode((request, RayHost())) if lost else call, *attachments)
+        while lost and not host.cancelled():
             time.sleep(0.01)
 
         return answer
@@ -100,11 +101,11 @@ def cancelling(scope: anyio.CancelScope, struck: object, cell: Cell, steps: int)
     start = RayActors.start
     fault = Fault(cell.fault, cell.phase)
 
-    def look(self: RayActors, actor: int, request: Request, *attachments: object) -> object:
+    def look(self: RayActors, actor: int, request: Request, *attachments: object, **options: object) -> object:
         if self.handles[actor] == struck and fault.is_at(request, steps):
             scope.cancel()
 
-        return start(self, actor, request, *attachments)  # type: ignore[arg-type]
+        return start(self, actor, request, *attachments, **options)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         if cell.fault == "cancel":
@@ -118,11 +119,11 @@ def counting_steps(struck: object) -> Iterator[list[RunStep]]:
     """Collect the steps that the struck actor is asked for."""
     start, seen = RayActors.start, []
 
-    def look(self: RayActors, actor: int, request: Request, *attachments: object) -> object:
+    def look(self: RayActors, actor: int, request: Request, *attachments: object, **options: object) -> object:
         if self.handles[actor] == struck and isinstance(request, RunStep):
             seen.append(request)
 
-        return start(self, actor, request, *attachments)  # type: ignore[arg-type]
+        return start(self, actor, request, *attachments, **options)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RayActors, "start", look)

@@ -141,6 +141,10 @@ class DeviceTensor(torch.Tensor):
         self.gpu.machine.current_stream(self.gpu).put(lambda: plain.copy_(read))
         return self
 
+    def record_stream(self, stream: object) -> None:  # type: ignore[override]
+        # There is no allocator here that knows when a stream is through with it.
+        self.gpu.machine.kept.append(self)
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         return on_device(self.as_subclass(torch.Tensor)[index], self.gpu)
 
@@ -162,6 +166,7 @@ class Machine:
     :ivar on_copy: called after a copy, on the stream, with the address that was written
     :ivar on_listen: called with a device's number and an address when it looks at another's board
     :ivar strays: looks at boards that were not mapped
+    :ivar kept: what a stream may still write to
     """
 
     def __init__(self, *, backwards: bool) -> None:
@@ -174,6 +179,7 @@ class Machine:
         self.on_copy: Callable[[int], object] = lambda address: None
         self.on_listen: Callable[[int, int], object] = lambda gpu, address: None
         self.strays: list[tuple[int, int]] = []
+        self.kept: list[torch.Tensor] = []
         self._backwards = backwards
         self._here = threading.local()
 
@@ -253,6 +259,14 @@ class Machine:
         time.sleep(0)
         self._stream_of(stream).put(lambda: ctypes.memmove(target, source, nbytes))
 
+    def write_word(self, address: int, value: int, stream: int) -> None:
+        self._stream_of(stream).put(
+            functools.partial(ctypes.memmove, address, value.to_bytes(8, "little", signed=True), 8)
+        )
+
+    def clear_words(self, address: int, count: int, stream: int) -> None:
+        self._stream_of(stream).put(functools.partial(ctypes.memset, address, 0, 8 * count))
+
     def copy(self, copies: Sequence[tuple[int, int, int]], stream: int) -> None:
         for target, source, nbytes in copies:
             self._stream_of(stream).put(functools.partial(self._copy, target, source, nbytes))
@@ -328,7 +342,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     for name in ("make_current", "open_memory", "close_memory"):
         monkeypatch.setattr(pull, name, getattr(machine, name))
 
-    for name in ("make_current", "read_async"):
+    for name in ("make_current", "read_async", "write_word", "clear_words"):
         monkeypatch.setattr(board, name, getattr(machine, name))
 
     class CopyBatch:
@@ -456,15 +470,14 @@ class GpuActor(LocalActor):
         answer.future.add_done_callback(lambda done: self.log.append(("answered", self.gpu.index, name)))
         return answer
 
-    async def _serve(self, request: Request, attachments: Sequence[Answer]) -> bytes:
+    async def _serve(self, request: Request, host: ThreadHost, attachments: Sequence[Answer]) -> bytes:
         if type(request) in self.held:
             await self.held[type(request)].wait()
 
         if self._pool is None:
-            return await super()._serve(request, attachments)
+            return await super()._serve(request, host, attachments)
 
         found = [decode(await attachment) for attachment in attachments]
-        host = ThreadHost()
         try:
             reply = await asyncio.get_running_loop().run_in_executor(
                 self._pool, functools.partial(self.agent.serve, request, host, *found)

@@ -12,6 +12,7 @@ from ray.exceptions import ActorDiedError, TaskCancelledError
 
 from tests.runtime.transfer.crew import FakeSession, ThreadHost, Wires
 from wavecast.runtime import Shard, TransferWorker
+from wavecast.runtime.cluster import RayHost
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.messages import HostStore, Request, decode, encode
 from wavecast.runtime.transfer.worker import overridden_hooks
@@ -49,7 +50,7 @@ class LocalActor:
         self.asked: list[Request] = []
         self.on_request: Callable[[Request], object] = lambda request: None
         self.dead = False
-        self._pending: set[asyncio.Future[bytes]] = set()
+        self._pending: dict[asyncio.Future[bytes], ThreadHost] = {}
         self.agent = Agent(
             worker.transfer_shards, hooks=overridden_hooks(worker), make_session=lambda: StorelessSession(wires)
         )
@@ -59,7 +60,8 @@ class LocalActor:
         return self
 
     def remote(self, call: bytes, *attachments: Answer) -> Answer:
-        request, _ = cast("tuple[Request, object]", decode(call))
+        request, sent = cast("tuple[Request, RayHost]", decode(call))
+        host = ThreadHost(sent.slip)
         outer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         # An answer that nobody awaits is no news.
         outer.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -69,8 +71,8 @@ class LocalActor:
             outer.set_exception(ActorDiedError())
             return Answer(outer)
 
-        task = asyncio.ensure_future(self._serve(request, attachments))
-        self._pending.add(outer)
+        task = asyncio.ensure_future(self._serve(request, host, attachments))
+        self._pending[outer] = host
         outer.add_done_callback(lambda done: task.cancel())
         task.add_done_callback(lambda done: self._pass_on(done, outer))
         return Answer(outer)
@@ -82,16 +84,20 @@ class LocalActor:
             if not future.done():
                 future.set_exception(ActorDiedError())
 
+    def owes(self) -> bool:
+        """Tell whether it has been asked for what the driver has neither an answer to nor a notice of."""
+        return not all(host.told for host in self._pending.values())
+
     def kinds(self) -> list[str]:
         """The names of the requests so far."""
         return [type(request).__name__ for request in self.asked]
 
-    async def _serve(self, request: Request, attachments: Sequence[Answer]) -> bytes:
+    async def _serve(self, request: Request, host: ThreadHost, attachments: Sequence[Answer]) -> bytes:
         found = [decode(await attachment) for attachment in attachments]
-        return encode(await self.agent.serve_async(request, ThreadHost(), *found))
+        return encode(await self.agent.serve_async(request, host, *found))
 
     def _pass_on(self, task: asyncio.Task[bytes], outer: asyncio.Future[bytes]) -> None:
-        self._pending.discard(outer)
+        self._pending.pop(outer, None)
         error = None if task.cancelled() else task.exception()
         if outer.done():
             return

@@ -33,12 +33,12 @@ def hold(actor: LocalActor, kind: type[Request]) -> tuple[asyncio.Event, asyncio
     came, go = asyncio.Event(), asyncio.Event()
     serve = actor._serve
 
-    async def late(request: Request, attachments: object) -> bytes:
+    async def late(request: Request, *rest: object) -> bytes:
         if isinstance(request, kind):
             came.set()
             await go.wait()
 
-        return await serve(request, attachments)  # type: ignore[arg-type]
+        return await serve(request, *rest)  # type: ignore[arg-type]
 
     actor._serve = late  # type: ignore[method-assign, assignment]
     return came, go
@@ -63,7 +63,7 @@ def leave_alone(stage: Stage) -> None:
 
 
 def unanswered(stage: Stage) -> list[LocalActor]:
-    return [actor for actor in stage.actors if actor._pending]
+    return [actor for actor in stage.actors if actor.owes()]
 
 
 async def cancelled_when_closing(stage: Stage, actor: LocalActor, work: Coroutine[object, object, object]) -> None:

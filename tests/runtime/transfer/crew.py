@@ -38,6 +38,7 @@ from wavecast.runtime.transfer.messages import (
 )
 from wavecast.runtime.transfer.program import Bucket, Program, Step, compile_programs, fill_buckets, pack_programs
 from wavecast.runtime.transfer.session import Session
+from wavecast.runtime.transfer.slip import Slip
 from wavecast.scheduler import Schedule, plan_waves
 
 R = TypeVar("R")
@@ -49,10 +50,21 @@ _serials = count(1)
 
 
 class ThreadHost:
-    """Stands in for whatever hosts an actor."""
+    """
+    Stands in for whatever hosts an actor.
 
-    def __init__(self) -> None:
+    :ivar told: the driver was told ahead of the answer
+    """
+
+    def __init__(self, slip: Slip | None = None) -> None:
         self.ended = False
+        self.told = False
+        self.slip = slip
+
+    def tell(self, reply: StepDone) -> None:
+        if self.slip is not None:
+            self.told = True
+            self.slip.send(reply)
 
     def cancelled(self) -> bool:
         return self.ended

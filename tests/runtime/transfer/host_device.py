@@ -128,7 +128,9 @@ class HostTorch:
 
     @staticmethod
     def zeros(*sizes: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
-        return torch.zeros(*sizes, **options)  # type: ignore[call-overload, no-any-return]
+        found: torch.Tensor = torch.zeros(*sizes, **options)  # type: ignore[call-overload]
+        found.record_stream = lambda stream: None  # type: ignore[method-assign]
+        return found
 
 
 class CopyBatch:
@@ -180,6 +182,14 @@ def close_memory(handle: bytes) -> None:
 
 def read_async(target: int, source: int, nbytes: int, stream: int) -> None:
     ctypes.memmove(target, source, nbytes)
+
+
+def write_word(address: int, value: int, stream: int) -> None:
+    ctypes.c_int64.from_address(address).value = value
+
+
+def clear_words(address: int, count: int, stream: int) -> None:
+    ctypes.memset(address, 0, 8 * count)
 
 
 def launch(
@@ -253,7 +263,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Devi
         monkeypatch.setattr(module, "torch", HostTorch())
         monkeypatch.setattr(module, "make_current", lambda index: None)
 
-    monkeypatch.setattr(board, "read_async", read_async)
+    for name in ("read_async", "write_word", "clear_words"):
+        monkeypatch.setattr(board, name, globals()[name])
+
     for name in ("CopyBatch", "Exporter", "allocation_of", "open_memory", "close_memory"):
         monkeypatch.setattr(pull, name, globals()[name])
 

@@ -1,0 +1,69 @@
+"""What actors on the driver's own host tell it ahead of their answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+
+from wavecast.runtime.transfer.messages import StepDone
+from wavecast.runtime.transfer.slip import MOST_NBYTES, TOKEN_NBYTES, Slip, read_notice
+
+__all__ = ("Notices", "listening")
+
+#: Datagrams that are read before the event loop goes on with something else.
+_AT_ONCE = 64
+
+
+class Notices:
+    """
+    The slips of one transfer, and what was told by them. On the event loop's thread alone.
+
+    What arrives is read as numbers, whoever sent it; without the token of a call that is waited for it is dropped.
+    """
+
+    def __init__(self, inlet: socket.socket) -> None:
+        self._inlet = inlet
+        self._address: bytes = inlet.getsockname()
+        self._expected: dict[bytes, asyncio.Future[StepDone]] = {}
+
+    def issue(self) -> tuple[Slip, asyncio.Future[StepDone]]:
+        """Return a slip to send along with a call, and the future of what is told by it, which may never come."""
+        slip = Slip(self._address, secrets.token_bytes(TOKEN_NBYTES))
+        told = self._expected[slip.token] = asyncio.get_running_loop().create_future()
+        return slip, told
+
+    def read(self) -> None:
+        """Take what has arrived."""
+        for _ in range(_AT_ONCE):
+            try:
+                notice = read_notice(self._inlet.recv(MOST_NBYTES + 1))
+            except BlockingIOError:
+                return
+
+            told = self._expected.pop(notice[0], None) if notice is not None else None
+            if notice is not None and told is not None and not told.done():
+                told.set_result(notice[1])
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Notices | None]:
+    """Listen for as long as the block runs; nothing where actors cannot tell anything, on other systems than Linux."""
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        notices: Notices | None = None
+        if sys.platform == "linux":
+            # Without a descriptor to spare, or on a loop that watches none, answers come over Ray alone.
+            with contextlib.suppress(OSError, NotImplementedError):
+                inlet = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+                inlet.setblocking(False)
+                inlet.bind(b"\0wavecast-" + secrets.token_hex(TOKEN_NBYTES).encode())
+                found = Notices(inlet)
+                loop.add_reader(inlet, found.read)
+                stack.callback(loop.remove_reader, inlet)
+                notices = found
+
+        yield notices
