@@ -116,10 +116,11 @@ class Layout:
     sharing: Sharing = NOT_SHARED
 
 
-def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
+def describe(shards: Iterable[Shard], *, place: Place | None = None, sharing: Sharing | None = None) -> Layout:
     """
     Return the layout of ``shards``: names, boxes, dtypes, what is frozen, computed or shared, but no memory.
 
+    :param sharing: what is shared, for whoever has found it already
     :raises LayoutError: for what is no list of shards
     """
     shards = _require_shards(shards)
@@ -137,7 +138,9 @@ def describe(shards: Iterable[Shard], *, place: Place | None = None) -> Layout:
         if isinstance(shard.view, Computed):
             computed[shard.name] = None
 
-    sharing = find_sharing(None if isinstance(shard.view, Computed) else shard.view for shard in shards)
+    if sharing is None:
+        sharing = find_sharing(None if isinstance(shard.view, Computed) else shard.view for shard in shards)
+
     return Layout(tuple(pieces), place, tuple(name for name in frozen if name not in trained), tuple(computed), sharing)
 
 

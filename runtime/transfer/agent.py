@@ -349,7 +349,7 @@ class Agent:
 
             if live.signature != self._signature:
                 self._signature = live.signature
-                self._layout = describe(shards)
+                self._layout = describe(shards, sharing=live.sharing)
                 self._digest = _digest(self._layout)
 
             before = self.standing

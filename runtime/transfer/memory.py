@@ -29,6 +29,8 @@ class Memory:
     The shards of one run, found by name.
 
     :param shards: as the actor's hook returned them, in order
+    :ivar sharing: which of them share memory
+    :ivar signature: equal ones mean that the layout is what it was
     :raises LayoutError: for views without plain memory of their own, and when they are on several devices
     """
 
@@ -38,7 +40,10 @@ class Memory:
         for shard in self.shards:
             _require_plain(shard)
 
-        self.signature = _signature(self.shards)
+        self.sharing = find_sharing(
+            shard.view if isinstance(shard.view, torch.Tensor) else None for shard in self.shards
+        )
+        self.signature = self.sharing, _signature(self.shards)
         # What was received: a cut may be passed on, and another shard of the same name may not have been written.
         self._written: dict[Cut, torch.Tensor] = {}
         self._held = [shard for shard in self.shards if isinstance(shard.view, torch.Tensor)]
@@ -321,9 +326,8 @@ def _common_device(shards: Sequence[Shard]) -> torch.device:
 
 
 def _signature(shards: Sequence[Shard]) -> tuple[object, ...]:
-    """Sum up what the shards are: equal signatures mean that the layout is what it was."""
-    sharing = find_sharing(shard.view if isinstance(shard.view, torch.Tensor) else None for shard in shards)
-    return sharing, tuple(
+    """Sum up what the shards are."""
+    return tuple(
         (
             shard.name,
             shard.offset,

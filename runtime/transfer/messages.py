@@ -6,7 +6,8 @@ import pickle
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from wavecast.runtime.layout.shard import Layout, Place
+from wavecast.runtime.layout.box import Box
+from wavecast.runtime.layout.shard import Layout, Piece, Place
 from wavecast.runtime.layout.sharing import NOT_SHARED, Sharing
 from wavecast.runtime.transfer.program import PackedProgram
 
@@ -373,7 +374,8 @@ class Described:
     """
     What the actor holds; its place is left out.
 
-    :ivar parts: pickled tuples of pieces, in order: unpickling a large layout at once would hold up the driver's loop
+    :ivar parts: pickled lists of pieces' fields, in order: unpickling a large layout at once would hold up the driver's
+        loop, and dataclasses are unpickled at a third of the speed
     :ivar frozen: as :attr:`Layout.frozen`
     :ivar computed: as :attr:`Layout.computed`
     :ivar sharing: as :attr:`Layout.sharing`
@@ -387,11 +389,14 @@ class Described:
     @classmethod
     def of(cls, layout: Layout) -> Described:
         """Return the message that says ``layout``."""
-        pieces = layout.pieces
+        rows = [
+            (piece.tensor, piece.box.offset, piece.box.extent, piece.global_shape, piece.dtype)
+            for piece in layout.pieces
+        ]
         return cls(
             tuple(
-                pickle.dumps(pieces[start : start + _PART_PIECES], protocol=pickle.HIGHEST_PROTOCOL)
-                for start in range(0, len(pieces), _PART_PIECES)
+                pickle.dumps(rows[start : start + _PART_PIECES], protocol=pickle.HIGHEST_PROTOCOL)
+                for start in range(0, len(rows), _PART_PIECES)
             ),
             layout.frozen,
             layout.computed,
@@ -400,7 +405,11 @@ class Described:
 
     def layout(self) -> Layout:
         """Return what it says."""
-        pieces = tuple(piece for part in self.parts for piece in pickle.loads(part))
+        pieces = tuple(
+            Piece(tensor, Box(offset, extent), global_shape, dtype)
+            for part in self.parts
+            for tensor, offset, extent, global_shape, dtype in pickle.loads(part)
+        )
         return Layout(pieces, frozen=self.frozen, computed=self.computed, sharing=self.sharing)
 
 

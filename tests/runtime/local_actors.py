@@ -88,6 +88,11 @@ class LocalActor:
         """Tell whether it has been asked for what the driver has neither an answer to nor a notice of."""
         return not all(host.told for host in self._pending.values())
 
+    async def settled(self) -> None:
+        """Wait until it has answered all that it was asked for."""
+        if self._pending:
+            await asyncio.wait([*self._pending])
+
     def kinds(self) -> list[str]:
         """The names of the requests so far."""
         return [type(request).__name__ for request in self.asked]

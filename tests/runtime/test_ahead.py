@@ -86,6 +86,9 @@ async def warm(stage: GpuStage, group: ParameterSyncGroup) -> None:
     """Sync once, so that the next may run ahead, and give the trainers new weights."""
     await group.sync(1)
     assert stage.arrived()
+    for actor in stage.actors:
+        await actor.settled()
+
     stage.take()
     stage.machine.reads.clear()
     stage.renew(100)
