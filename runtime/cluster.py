@@ -36,6 +36,7 @@ __all__ = (
     "Answer",
     "RayActors",
     "RayHost",
+    "await_all",
     "call_all",
     "cluster",
     "cluster_gpus",
@@ -55,6 +56,10 @@ _TURN_SECONDS = 0.02
 
 class _RemoteMethod(Protocol):
     def remote(self, *args: object) -> ray.ObjectRef[bytes]: ...
+
+
+class _ActorMethod(Protocol):
+    def options(self, *, max_task_retries: int) -> _RemoteMethod: ...
 
 
 #: Any Ray actor handle. Ray's own type says nothing of an actor's methods: a group checks for what it needs.
@@ -174,7 +179,7 @@ class RayActors:
 
     async def answers(self, refs: Sequence[ray.ObjectRef[bytes]], expected: type[R]) -> list[R]:
         """Await several answers at once, in order; the first failure ends the wait."""
-        return await _all([self.answer(ref, expected) for ref in refs])
+        return await await_all([self.answer(ref, expected) for ref in refs])
 
     async def ask_each(self, requests: Mapping[int, Request], expected: type[R]) -> dict[int, R | errors.SyncError]:
         """Send a request each to several actors at once; return every answer, an actor's failure as a value."""
@@ -286,7 +291,7 @@ async def _settled(ref: ray.ObjectRef[bytes]) -> None:
         return
 
 
-async def _all(calls: Sequence[Awaitable[R]]) -> list[R]:
+async def await_all(calls: Sequence[Awaitable[R]]) -> list[R]:
     """Await all of ``calls`` at once; the first failure cancels the others and is raised as it is."""
     if len(calls) == 1:
         return [await calls[0]]
@@ -386,7 +391,9 @@ def end_actors(actors: Sequence[ActorHandle]) -> None:
 
 
 def _request_method(handle: ActorHandle) -> _RemoteMethod:
-    return cast("_RemoteMethod", getattr(handle, "wavecast_request"))  # noqa: B009
+    method = cast("_ActorMethod", getattr(handle, "wavecast_request"))  # noqa: B009
+    # Never sent again, whatever the user's other methods are: a new process in the actor's place knows of no run.
+    return method.options(max_task_retries=0)
 
 
 def require_event_loop() -> None:

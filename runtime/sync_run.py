@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 
 from wavecast.runtime import errors
-from wavecast.runtime.cluster import Answer
+from wavecast.runtime.cluster import Answer, await_all
 from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.integrity import compare_checksums, validate
 from wavecast.runtime.known import Known
@@ -395,16 +395,19 @@ class SyncRun:
             ]
             return finish(task, refs)
 
+        async def hear(member: int, ref: Answer) -> StepDone:
+            # Noted as it comes: what one member has done stands, whatever becomes of the others.
+            reply = await self._actors.answer(ref, StepDone)
+            if reply.finished is not None:
+                self._finished[member] = reply.finished
+
+            if reply.closed:
+                self._closed.add(member)
+
+            return reply
+
         async def finish(task: Task, refs: list[Answer]) -> list[StepDone]:
-            replies = await self._actors.answers(refs, StepDone)
-            for member, reply in zip(task.members, replies, strict=True):
-                if reply.finished is not None:
-                    self._finished[member] = reply.finished
-
-                if reply.closed:
-                    self._closed.add(member)
-
-            return replies
+            return await await_all([hear(member, ref) for member, ref in zip(task.members, refs, strict=True)])
 
         async def abort(tasks: tuple[Task, ...]) -> None:
             await self.abort(f"task {tasks[0].id} was given up" if tasks else "the run was given up")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import math
 import threading
 import time
 import traceback
@@ -16,7 +17,7 @@ import torch
 
 from wavecast.runtime import errors
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
-from wavecast.runtime.transfer.comm import CommunicatorError, MoveTimeout
+from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
 from wavecast.runtime.transfer.futures import pass_on
 from wavecast.runtime.transfer.hooks import Hook, HookCall, Hooks, call_hooks, call_hooks_async
@@ -150,8 +151,12 @@ class Agent:
         try:
             seconds = self._call_before(request, host)
             future = self._start(request, host, attachments, seconds)
+            deadline = Deadline(request.seconds if isinstance(request, RunStep) else math.inf)
             while not future.done():
                 wait((future,), timeout=_LOOK_SECONDS)
+                if deadline.passed:
+                    self._expire(future)
+
                 if not future.done() and host.cancelled():
                     self._give_up(request, "the driver cancelled the call")
                     return Failure("SyncAborted", "the driver cancelled the call")
@@ -310,6 +315,20 @@ class Agent:
                 return future
 
         return self._session(request.run).enqueue(request)
+
+    def _expire(self, future: Future[Reply]) -> None:
+        """
+        Let a step that came early wait no longer, once its deadline has passed.
+
+        Ray may send a call again, to an actor that it has started anew and in whose place nothing has begun; on a plain
+        actor the begin of the next run would wait behind it.
+        """
+        with self._lock:
+            expired = [each for each in self._early if each[1] is future]
+            self._early = [each for each in self._early if each[1] is not future]
+
+        for _, waiting in expired:
+            waiting.set_exception(MoveTimeout("the step's run had not begun by its deadline"))
 
     def _take_up(self, request: RunStep, outer: Future[Reply]) -> None:
         """Go on with a step that came early, now that a run has begun: its own, or a later one."""

@@ -20,6 +20,8 @@ __all__ = ("AGREED", "BEGUN", "SUMMED", "Board", "Boards", "index_of")
 BEGUN, SUMMED, AGREED = 0, 1, 2
 _STEPS = 3
 _WORD_NBYTES = 8
+#: A board starts at a multiple of so many words, which memory is read by.
+_WORDS_AT_ONCE = 8
 #: What is not there after so many looks, some 20 us each, is not looked for all the time.
 _EAGER_LOOKS = 5000
 _NAP_SECONDS = 100e-6
@@ -183,13 +185,23 @@ class Boards:
             if looks > _EAGER_LOOKS:
                 time.sleep(_NAP_SECONDS)
 
-            heard = self._heard[peer] = self._read(peer, 0, _STEPS + self._peer(peer).steps)
+            heard = self._heard[peer] = self._look(peer, heard)
             check()
             if not enough(heard) and deadline.passed:
                 raise MoveTimeout(f"actor {peer} had not {said} by the deadline")
 
         self.waited_seconds += time.thread_time() - started
         return heard
+
+    def _look(self, peer: int, before: list[int] | None) -> list[int]:
+        """Read what ``peer`` says now; nothing that it vouches for is older than the begin that is read with it."""
+        count = _STEPS + self._peer(peer).steps
+        found = self._read(peer, 0, count)
+        if count > _WORDS_AT_ONCE and (before is None or found[BEGUN] != before[BEGUN]):
+            # What lies behind may have been read first, before it was taken back at the begin.
+            found = self._read(peer, 0, count)
+
+        return found
 
     def _peer(self, peer: int) -> _Peer:
         known = self._peers.get(peer)

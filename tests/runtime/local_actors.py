@@ -59,6 +59,10 @@ class LocalActor:
     def wavecast_request(self) -> LocalActor:
         return self
 
+    def options(self, *, max_task_retries: int) -> LocalActor:
+        assert max_task_retries == 0
+        return self
+
     def remote(self, call: bytes, *attachments: Answer) -> Answer:
         request, sent = cast("tuple[Request, RayHost]", decode(call))
         host = ThreadHost(sent.slip)

@@ -34,14 +34,16 @@ from wavecast.runtime import (
     Shard,
     SyncAborted,
     SyncError,
+    SyncTimeout,
     Torn,
 )
 from wavecast.runtime.opening import head_starts
 from wavecast.runtime.transfer.board import AGREED, BEGUN
 from wavecast.runtime.transfer.comm import Deadline, Fence
-from wavecast.runtime.transfer.messages import Abort, Began, Begin, Close, Commit, RunId, RunStep, Standing
+from wavecast.runtime.transfer.messages import Abort, Began, Begin, Close, Commit, Request, RunId, RunStep, Standing
 from wavecast.runtime.transfer.program import Step
 from wavecast.runtime.transfer.pull import Puller, Turn
+from wavecast.runtime.transfer.slip import Slip
 
 __all__ = ("local", "machine", "pool")
 
@@ -679,3 +681,33 @@ async def test_receivers_agree_only_where_every_step_starts_with_the_run(
         await group.sync(deadline=20)
         assert stage.arrived()
         assert [kinds.count("Commit") for kinds in stage.take()] == [0 if at_once else 1] * 4
+
+
+async def test_what_receivers_have_ended_stands_although_their_sender_is_never_heard_of(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = GpuStage(machine)
+    async with group_of(stage) as group:
+        await warm(stage, group)
+        lost, serve, never = stage.trainers[1], stage.trainers[1]._serve, asyncio.Event()
+
+        async def late(request: Request, *rest: object) -> bytes:
+            answer = await serve(request, *rest)  # type: ignore[arg-type]
+            if isinstance(request, RunStep):
+                await never.wait()
+
+            return answer
+
+        monkeypatch.setattr(Slip, "send", lambda self, reply: None)
+        monkeypatch.setattr(lost, "_serve", late)
+        with pytest.raises(SyncTimeout) as raised:
+            await group.sync(7, deadline=0.5)
+
+        assert stage.arrived()
+        assert standings(stage)[-2:] == [Standing(7, False, None)] * 2
+        assert raised.value.versions == group.versions() == await group.refresh() == {0: 7}
+        monkeypatch.setattr(lost, "_serve", serve)
+        never.set()
+        stage.renew(300)
+        assert (await group.sync()).version == 8
+        assert stage.arrived()

@@ -854,6 +854,20 @@ async def test_a_step_that_came_early_for_a_run_that_another_overtook_is_refused
     assert world.untouched()
 
 
+def test_a_step_that_a_plain_actor_was_sent_again_after_its_run_holds_it_up_until_its_deadline_and_no_longer() -> None:
+    """Ray does so, where it is asked to, with an actor that it has started anew: nothing has begun there."""
+    fresh = Agent(lambda: [Shard("w", torch.zeros(4), (0,), (4,))])
+    run = RunId("group", time.time_ns())
+    reply = fresh.serve(RunStep(run, 0, "digest", 0.05), ThreadHost())
+    assert isinstance(reply, Failure)
+    assert reply.kind == "SyncTimeout"
+    assert reply.message == "the step's run had not begun by its deadline"
+    # Its run may still come, and finds nothing that waits for it.
+    assert fresh._early == []
+    assert isinstance(fresh.serve(Begin(run, 0), ThreadHost()), Began)
+    assert isinstance(fresh.serve(Close("group"), ThreadHost()), Done)
+
+
 # The user's hook.
 
 

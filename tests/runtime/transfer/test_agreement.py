@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -219,6 +220,30 @@ def test_sums_are_read_at_once_and_only_where_some_are_wanted(monkeypatch: pytes
     assert boards.sums(4, (7, 8)) == {7: 13, 8: 11}
     assert boards.sums(4, ()) == {}
     assert reads == [((3 + 5) * 8, 5 * 8)]
+
+
+@pytest.mark.parametrize("steps", [5, 6])
+def test_what_lies_beyond_the_begin_is_read_again_once_that_is_seen(
+    monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    own, boards = Board(steps, CPU), Boards(CPU)
+    boards.attach(4, own.page.data_ptr(), own.steps, {7: steps - 1})
+    own.begin(SERIAL, None)
+    reads: list[int] = []
+
+    def read(target: int, source: int, nbytes: int, stream: int) -> None:
+        host_device.read_async(target, source, nbytes, stream)
+        reads.append(nbytes)
+        if len(reads) == 1 and steps == 6:
+            # The last word was read before the begin took back what it said of an earlier run.
+            ctypes.c_int64.from_address(target + nbytes - 8).value = 1 << 40
+        elif len(reads) == 3:
+            own.vouch(steps - 1, 64)
+
+    monkeypatch.setattr(board, "read_async", read)
+    boards.wait_vouched(4, 7, SERIAL, 64, Deadline(20), lambda: None)
+    # With up to five steps a board is read at once; else twice at the begin, and as often as it takes from there.
+    assert reads == [8 * (3 + steps)] * 4
 
 
 def test_what_was_detached_is_not_read_and_whoever_waits_for_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
