@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNTIME = (
     "errors",
     "undisturbed",
+    "collector",
     "layout",
     "presets",
     "checkpoint",

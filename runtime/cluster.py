@@ -17,7 +17,7 @@ import ray.util
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, TaskCancelledError
 
 from wavecast.runtime import errors
-from wavecast.runtime.notices import Notices
+from wavecast.runtime.notices import Notices, Told
 from wavecast.runtime.transfer.messages import (
     Abort,
     Close,
@@ -103,7 +103,7 @@ class _Call:
 
     actor: int
     sent: float
-    told: asyncio.Future[StepDone] | None = None
+    told: Told | None = None
 
 
 class RayActors:
@@ -271,12 +271,19 @@ class RayActors:
                 tasks.start_soon(_settled, ref)
 
 
-async def _first(ref: ray.ObjectRef[bytes], told: asyncio.Future[StepDone]) -> object:
+async def _first(ref: ray.ObjectRef[bytes], told: Told) -> object:
     """Return the answer behind ``ref``, or what was told ahead of it: whichever comes first."""
     answer = asyncio.ensure_future(ref)
+
+    def wake(_: object) -> None:
+        if not told.done():
+            told.set_result(None)
+
+    answer.add_done_callback(wake)
     try:
-        await asyncio.wait((answer, told), return_when=asyncio.FIRST_COMPLETED)
-        return told.result() if told.done() else decode(answer.result())
+        # One future for both: each turn of the loop comes between the last byte and the end of the sync.
+        found = await told
+        return decode(answer.result()) if found is None else found
     finally:
         # Ends the wait alone: the call itself goes on to its end.
         answer.cancel()

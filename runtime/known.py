@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import anyio.to_thread
 
 from wavecast.runtime.carriers import Ability, Carriers, choose_carriers
 from wavecast.runtime.cluster import RayActors
+from wavecast.runtime.collector import collector_paused
 from wavecast.runtime.connection import Connection
 from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.layout.views import NameMap
@@ -20,6 +22,8 @@ from wavecast.runtime.transfer.messages import Began, Describe, Described, RunId
 from wavecast.runtime.versions import Versions
 
 __all__ = ("Known",)
+
+R = TypeVar("R")
 
 
 class Known:
@@ -87,7 +91,7 @@ class Known:
         holders = {reply.digest: actor for actor, reply in enumerate(began) if reply.digest not in self.layouts}
         described = await self.actors.ask_all(dict.fromkeys(holders.values(), Describe(run)), Described)
         for digest, actor in holders.items():
-            self.layouts[digest] = await anyio.to_thread.run_sync(described[actor].layout, abandon_on_cancel=True)
+            self.layouts[digest] = await _off_loop(described[actor].layout)
 
         current = {reply.digest for reply in began}
         self.layouts = {digest: layout for digest, layout in self.layouts.items() if digest in current}
@@ -110,7 +114,7 @@ class Known:
 
         # Planning is plain computing: it leaves the loop, so that the trainer's coroutines go on. What is abandoned,
         # here and elsewhere, assigns nothing: the thread's result is dropped with it.
-        preparation = await anyio.to_thread.run_sync(
+        preparation = await _off_loop(
             partial(
                 prepare,
                 sources,
@@ -120,8 +124,7 @@ class Known:
                 carriers,
                 renames=naming.renames,
                 replicas=self.replicas,
-            ),
-            abandon_on_cancel=True,
+            )
         )
         self.prepared = (key, preparation)
         self.digests = tuple(reply.digest for reply in began)
@@ -132,7 +135,7 @@ class Known:
         key = tuple((reply.digest, reply.place) for reply in began)
         if self.naming is None or self.naming[0] != key:
             layouts = [replace(self.layouts[reply.digest], place=reply.place) for reply in began]
-            naming = await anyio.to_thread.run_sync(
+            naming = await _off_loop(
                 partial(
                     name_layouts,
                     layouts[: self.sources],
@@ -141,8 +144,7 @@ class Known:
                     destination_names=self.names[1],
                     aliases=self.options.aliases,
                     source_copies=from_peer,
-                ),
-                abandon_on_cancel=True,
+                )
             )
             self.naming = (key, naming)
 
@@ -157,7 +159,14 @@ async def _select(naming: Naming, only: Only) -> frozenset[str] | None:
     if only is None:
         return None
 
-    return await anyio.to_thread.run_sync(
-        partial(select_names, naming.sources, naming.destinations, only, aliases=naming.aliases),
-        abandon_on_cancel=True,
-    )
+    return await _off_loop(partial(select_names, naming.sources, naming.destinations, only, aliases=naming.aliases))
+
+
+async def _off_loop(work: Callable[[], R]) -> R:
+    """Run ``work``, which makes many objects that stay, on a thread; it is abandoned when the caller is cancelled."""
+
+    def quietly() -> R:
+        with collector_paused():
+            return work()
+
+    return await anyio.to_thread.run_sync(quietly, abandon_on_cancel=True)

@@ -8,11 +8,15 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator
+from typing import TypeAlias
 
 from wavecast.runtime.transfer.messages import StepDone
 from wavecast.runtime.transfer.slip import MOST_NBYTES, TOKEN_NBYTES, Slip, read_notice
 
-__all__ = ("Notices", "listening")
+__all__ = ("Notices", "Told", "listening")
+
+#: What an actor tells ahead of its answer; ``None`` once the answer itself is there.
+Told: TypeAlias = "asyncio.Future[StepDone | None]"
 
 #: Datagrams that are read before the event loop goes on with something else.
 _AT_ONCE = 64
@@ -28,9 +32,9 @@ class Notices:
     def __init__(self, inlet: socket.socket) -> None:
         self._inlet = inlet
         self._address: bytes = inlet.getsockname()
-        self._expected: dict[bytes, asyncio.Future[StepDone]] = {}
+        self._expected: dict[bytes, Told] = {}
 
-    def issue(self) -> tuple[Slip, asyncio.Future[StepDone]]:
+    def issue(self) -> tuple[Slip, Told]:
         """Return a slip to send along with a call, and the future of what is told by it, which may never come."""
         slip = Slip(self._address, secrets.token_bytes(TOKEN_NBYTES))
         told = self._expected[slip.token] = asyncio.get_running_loop().create_future()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,8 +79,9 @@ async def begin(
     :raises ValidationError: when the sources are to be scanned and hold NaN
     """
     in_shadow = known.options.staging == "shadow"
-    # Receivers first: they have more to do before their first byte moves.
-    order = [*range(known.sources, len(known.actors)), *range(known.sources)]
+    # In turns: a receiver's first byte waits for its sender, which looks at its weights before.
+    sides = itertools.zip_longest(range(known.sources), range(known.sources, len(known.actors)))
+    order = [actor for pair in sides for actor in pair if actor is not None]
     requests = {
         actor: Begin(
             run,

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from wavecast.runtime import errors
+from wavecast.runtime.collector import collector_paused
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
 from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
@@ -67,6 +68,8 @@ __all__ = ("Agent", "Host")
 
 #: How often a blocked call looks whether the driver has given up on it.
 _LOOK_SECONDS = 0.01
+#: Until the first part of what starts with a run is under way: some 0.5 ms.
+_GIVE_WAY_SECONDS = 0.001
 
 
 class Host(Protocol):
@@ -151,6 +154,10 @@ class Agent:
         try:
             seconds = self._call_before(request, host)
             future = self._start(request, host, attachments, seconds)
+            if isinstance(request, Begin) and request.ahead:
+                # This thread would hold up the one that starts the transfer; the answer can wait.
+                self._session(request.run).under_way.wait(_GIVE_WAY_SECONDS)
+
             deadline = Deadline(request.seconds if isinstance(request, RunStep) else math.inf)
             while not future.done():
                 wait((future,), timeout=_LOOK_SECONDS)
@@ -275,7 +282,8 @@ class Agent:
                 return session.lane.submit(lambda: self._compare(session, request, attachments))
             case Describe():
                 session.current(request.run)
-                return _answered(Described.of(self._layout))
+                with collector_paused():
+                    return _answered(Described.of(self._layout))
             case HostStore():
                 session.current(request.run)
                 return _answered(StoreAddress(host.address(), session.host_store(request, host.address())))
@@ -349,6 +357,7 @@ class Agent:
         live = self._read_shards(request.actor, in_haste=bool(request.ahead))
         shards = live.shards
         nan = count_nan(shards) if request.scan else ()
+        is_first = False
         with self._lock:
             if request.run.serial < self._latest:
                 raise errors.SyncAborted("a later run has begun on this actor")
@@ -359,17 +368,16 @@ class Agent:
                     session.give_up(session.run.name, "another sync, of this group or of another, began on this actor")
 
             if live is not self._memory:
-                if self._memory is None and live.device.type == "cuda" and has_kernels():
-                    warm_up(live.device)
-
+                is_first = self._memory is None
                 self._memory = live
                 self._moves += 1
                 self._unshared = why_not_shared(live) if live.device.type == "cuda" else "it is host memory"
 
             if live.signature != self._signature:
                 self._signature = live.signature
-                self._layout = describe(shards, sharing=live.sharing)
-                self._digest = _digest(self._layout)
+                with collector_paused():
+                    self._layout = describe(shards, sharing=live.sharing)
+                    self._digest = _digest(self._layout)
 
             before = self.standing
             memory = self._second_copy(live).memory if request.shadow else live
@@ -403,6 +411,11 @@ class Agent:
         for waiting, future in early:
             self._take_up(waiting, future)
 
+        kernels = live.device.type == "cuda" and has_kernels()
+        if is_first and kernels:
+            # On a thread that needs the interpreter as well: from now on this actor waits for the driver to plan.
+            warm_up(live.device)
+
         return Began(
             digest=self._digest,
             place=self._locate(host, live.device),
@@ -410,7 +423,7 @@ class Agent:
             standing=before,
             addresses=self._moves,
             unshared=self._unshared,
-            kernels=live.device.type == "cuda" and has_kernels(),
+            kernels=kernels,
             hooks=self._hooks.names if request.version is not None else (),
             hook_seconds=hook_seconds,
             shadow_bytes=self._shadow.nbytes if self._shadow is not None and request.shadow else 0,
@@ -462,7 +475,8 @@ class Agent:
                     f"transfer_shards() must return Shard values, got {type(shard).__name__}", actors=(actor,)
                 )
 
-        return Memory(shards)
+        with collector_paused():
+            return Memory(shards)
 
     def _second_copy(self, live: Memory) -> Shadow:
         """Return what a run writes to in place of ``live``: allocated once a layout."""
@@ -523,7 +537,9 @@ class Agent:
 
     def _load(self, session: Session, request: Load) -> Done:
         session.current(request.run)
-        program = request.program.unpack()
+        with collector_paused():
+            program = request.program.unpack()
+
         self._received[request.run.group] = _received(program)
         session.load(program)
         return Done()

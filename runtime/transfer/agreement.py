@@ -69,4 +69,4 @@ def _same(ending: Ending, boards: Boards, sender: int, totals: dict[int, int]) -
     if not boards.wait(sender, SUMMED, ending.serial, ending.deadline, ending.check):
         return False
 
-    return boards.sums(sender, totals) == totals
+    return boards.sums(sender, totals, ending.serial) == totals

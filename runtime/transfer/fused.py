@@ -9,6 +9,7 @@ import torch
 
 from wavecast.runtime.layout.dtypes import itemsize
 from wavecast.runtime.transfer.copying import window_of
+from wavecast.runtime.transfer.cuda_memory import read_async
 from wavecast.runtime.transfer.memory import Memory, dtype_of, strided
 from wavecast.runtime.transfer.program import Bucket, Placed
 from wavecast.runtime.transfer.segments import Segment, Strided, join_segments, pair_segments
@@ -29,6 +30,7 @@ class Tally:
     The sums of a run's steps, on the device.
 
     :param steps: how many
+    :ivar steps: how many there is room for
     :param place: where they are kept, int64, for others to see; cleared here. ``None``: in memory of their own
     """
 
@@ -38,7 +40,9 @@ class Tally:
         else:
             place.fill_(0)
 
+        self.steps = len(place)
         self._totals = place
+        self._fetched: torch.Tensor | None = None
         self._ready = torch.cuda.Event()
         self._ready.record(torch.cuda.current_stream(device))
 
@@ -47,9 +51,20 @@ class Tally:
         (stream or torch.cuda.current_stream(self._totals.device)).wait_event(self._ready)
         return self._totals[step : step + 1]
 
+    def fetch(self, target: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """
+        Queue on ``stream``, behind all that adds to the sums, that they are brought to the host.
+
+        :param target: int64, page-locked, at least as long; must outlive the stream's work
+        """
+        self._fetched = target[: len(self._totals)]
+        nbytes = self._totals.numel() * self._totals.element_size()
+        read_async(self._fetched.data_ptr(), self._totals.data_ptr(), nbytes, stream.cuda_stream)
+
     def values(self, steps: int) -> list[int]:
-        """Fetch the sums. The device must be through with its work."""
-        return [int(value) for value in self._totals.tolist()[:steps]]
+        """Return the sums. The device must be through with its work."""
+        found = self._totals if self._fetched is None else self._fetched
+        return [int(value) for value in found.tolist()[:steps]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,7 +24,7 @@ UNITS_PER_TILE = 2048 * 8
 TYPES = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
-@triton.jit(do_not_specialize=["tile_count", "source_base", "target_base"])
+@triton.jit(do_not_specialize=["tile_count", "source_base", "target_base", "sums"])
 def walk(  # type: ignore[no-untyped-def]
     table, tiles, tile_count, source_base, target_base, sums, MODE: tl.constexpr, UNIT: tl.constexpr, TYPE: tl.constexpr
 ):

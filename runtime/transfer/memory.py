@@ -20,7 +20,7 @@ from wavecast.runtime.transfer.snapshot import Snapshot
 __all__ = ("Memory", "Watch", "as_bits", "dtype_of", "count_nan", "strided")
 
 #: To look at all of a large model's tensors takes milliseconds: the processor waits for each.
-_SAMPLE = 256
+_SAMPLE = 16
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -78,8 +78,8 @@ class Memory:
 
     def seems_still(self, shards: Sequence[Shard]) -> bool:
         """
-        Tell whether ``shards`` are the very objects this was made of and those of them that are looked at are what and
-        where they were: all of a few hundred, a sample of more. Tensors that move do so together.
+        Tell whether ``shards`` are the very objects this was made of and a few of them, which alone are looked at, are
+        what and where they were. Tensors that move do so together.
         """
         return self._is_of(shards) and self._sample.is_still()
 
@@ -171,7 +171,7 @@ class Memory:
 
     def _holders(self, cut: Cut) -> list[Shard]:
         box = cut.box
-        shards = [shard for shard in self._by_name.get(cut.tensor, ()) if shard.box.contains(box)]
+        shards = [shard for held, shard in self._by_name.get(cut.tensor, ()) if held.contains(box)]
         if not shards:
             raise LayoutError(
                 f"no shard holds {cut.tensor!r} at offset {cut.offset} with extent {cut.extent}: "
@@ -255,11 +255,12 @@ def count_nan(shards: Sequence[Shard]) -> tuple[tuple[str, int], ...]:
     return tuple(found.items())
 
 
-def _by_name(shards: Sequence[Shard], names: Mapping[str, tuple[str, ...]]) -> dict[str, list[Shard]]:
-    found: dict[str, list[Shard]] = {}
+def _by_name(shards: Sequence[Shard], names: Mapping[str, tuple[str, ...]]) -> dict[str, list[tuple[Box, Shard]]]:
+    found: dict[str, list[tuple[Box, Shard]]] = {}
     for shard in shards:
+        box = shard.box
         for name in names.get(shard.name, (shard.name,)):
-            found.setdefault(name, []).append(shard)
+            found.setdefault(name, []).append((box, shard))
 
     return found
 
@@ -284,6 +285,9 @@ def _preference(dtype: torch.dtype, wanted: torch.dtype) -> tuple[bool, int, str
 
 
 def _narrow(view: torch.Tensor, offset: tuple[int, ...], cut: Cut) -> torch.Tensor:
+    if view.shape == cut.extent:
+        return view
+
     for dim, (start, length) in enumerate(zip(cut.offset, cut.extent, strict=True)):
         if length != view.shape[dim]:
             view = view.narrow(dim, start - offset[dim], length)

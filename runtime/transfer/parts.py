@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +13,10 @@ from wavecast.runtime.transfer.segments import Segment, split_segment
 __all__ = ("Lent", "fill_parts", "is_small", "lend", "on_wire", "touched_cuts")
 
 #: What was written is summed up part by part, each a third of what is left, so that little is left to sum up when the
-#: last byte has arrived. Of many cuts the first part is small and the next ones grow: bytes travel while the tensors
-#: behind them are looked at, a third of a microsecond each.
+#: last byte has arrived. The first part is small and the next ones grow: bytes travel while the tensors behind them are
+#: looked at, a third of a microsecond each and more.
 _SHARE = 3
 _GROWTH = 3
-_MANY_CUTS = 1024
 _LEAST_PART_NBYTES = 128 << 20
 
 
@@ -31,24 +29,15 @@ class Lent:
     watch: Watch
 
 
-def _first_room(cuts: int) -> float:
-    """Return the bytes of the first part of so many cuts."""
-    return _LEAST_PART_NBYTES if cuts > _MANY_CUTS else math.inf
-
-
 def is_small(segments: Iterable[Segment]) -> bool:
     """Tell whether a part is about the smallest there is: its sum holds up nobody for long."""
     return sum(segment.rows * segment.nbytes for segment in segments) <= 2 * _LEAST_PART_NBYTES
 
 
-def fill_parts(segments: Sequence[Segment], cuts: int) -> Iterator[list[Segment]]:
-    """
-    Yield ``segments`` in order, cut and put together to parts.
-
-    :param cuts: how many they are of
-    """
+def fill_parts(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Yield ``segments`` in order, cut and put together to parts."""
     left = sum(segment.rows * segment.nbytes for segment in segments)
-    room = max(min(left // _SHARE, _first_room(cuts)), _LEAST_PART_NBYTES)
+    room = _LEAST_PART_NBYTES
     part: list[Segment] = []
     used = 0
     for whole in segments:
@@ -82,7 +71,7 @@ def lend(place: int, cuts: Sequence[Cut], memory: Memory, seen: set[int]) -> Ite
     :param place: of their step in the sender's program
     :param seen: tensors of parts that are vouched for before; those of each part are added
     """
-    room = _first_room(len(cuts))
+    room = _LEAST_PART_NBYTES
     lent: list[Cut] = []
     used = 0
     for cut, wire in on_wire(cuts):

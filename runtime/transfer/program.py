@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ __all__ = (
 
 #: Every cut starts at a multiple of this many bytes of its bucket, so that it can be viewed in its own dtype.
 ALIGNMENT = 16
+#: Of what is too large for the rest of a bucket no less goes in there.
+_LEAST_PIECE_NBYTES = 1 << 20
+#: Of more than so many buckets the first and the last have this part of the others' bytes. Packing is three times as
+#: fast as a link: the second one is packed by the time the first is through.
+_MANY = 4
+_TAPER = 3
 
 
 class Cut(NamedTuple):
@@ -201,7 +208,9 @@ def fill_buckets(cuts: Iterable[Cut], *, bucket_bytes: int) -> tuple[Bucket, ...
     """
     Lay ``cuts`` out in buckets of at most ``bucket_bytes``, in order. Sender and receivers find the same.
 
-    A cut larger than a bucket is cut into boxes of whole rows, or of parts of one row where a row is too large itself.
+    What does not fit in the rest of a bucket is cut into boxes of whole rows, or of parts of one row where that is too
+    large itself, unless little would go in there. Of many buckets the first and the last are small: nothing travels
+    while the one is packed and the other is unpacked.
 
     :raises ValueError: when an element may not fit in a bucket
     """
@@ -210,47 +219,84 @@ def fill_buckets(cuts: Iterable[Cut], *, bucket_bytes: int) -> tuple[Bucket, ...
     if room == 0:
         raise ValueError(f"bucket_bytes is {bucket_bytes}, it must be at least {ALIGNMENT}")
 
-    buckets: list[Bucket] = []
-    items: list[Placed] = []
-    used, before = 0, 0
-    for cut in _divide(cuts, room):
-        nbytes = cut.nbytes
-        if items and used + nbytes > room:
-            buckets.append(Bucket(tuple(items), used, before))
-            before += used
-            items, used = [], 0
+    held = [cut for cut in cuts if cut.nbytes]
+    rooms = _rooms(sum(_padded(cut.nbytes) for cut in held), room)
+    filling = _Filling(next(rooms))
+    for cut in held:
+        pending = [cut]
+        while pending:
+            piece = pending.pop()
+            if piece.nbytes <= filling.left:
+                filling.add(piece)
+                continue
 
-        items.append(Placed(cut, used))
-        used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+            dim, row_nbytes = _rows_of(piece)
+            count = filling.left // row_nbytes
+            if filling.items and count * row_nbytes < _LEAST_PIECE_NBYTES:
+                filling.close(next(rooms))
+                pending.append(piece)
+            else:
+                # The first of them comes next; not even one row may fit, which is cut then.
+                pending += reversed(_cut_rows(piece, max(count, 1), dim))
 
-    if items:
-        buckets.append(Bucket(tuple(items), used, before))
+    return filling.buckets()
 
-    return tuple(buckets)
+
+class _Filling:
+    """Buckets, and the one that is being filled."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._used = 0
+        self._before = 0
+        self._closed: list[Bucket] = []
+        self.items: list[Placed] = []
+
+    @property
+    def left(self) -> int:
+        return self._room - self._used
+
+    def add(self, cut: Cut) -> None:
+        self.items.append(Placed(cut, self._used))
+        self._used += _padded(cut.nbytes)
+
+    def close(self, room: int) -> None:
+        """Begin another one of ``room`` bytes."""
+        self._closed.append(Bucket(tuple(self.items), self._used, self._before))
+        self._before += self._used
+        self._room, self._used, self.items = room, 0, []
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        last = (Bucket(tuple(self.items), self._used, self._before),) if self.items else ()
+        return (*self._closed, *last)
 
 
 def _cuts(routes: tuple[Route, ...]) -> tuple[Cut, ...]:
     return tuple(Cut(route.tensor, route.offset, route.extent, route.dtype) for route in routes)
 
 
-def _divide(cuts: Iterable[Cut], bucket_bytes: int) -> Iterator[Cut]:
-    """Cut what is larger than a bucket, and leave out what is empty."""
-    for cut in cuts:
-        nbytes = cut.nbytes
-        if 0 < nbytes <= bucket_bytes:
-            yield cut
-        elif nbytes:
-            for box in _parts(cut.box, bucket_bytes // itemsize(cut.dtype)):
-                yield Cut(cut.tensor, box.offset, box.extent, cut.dtype)
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _parts(box: Box, most: int, dim: int = 0) -> Iterator[Box]:
-    """Cut along ``dim`` into boxes of at most ``most`` elements; all dims before it have an extent of 1."""
-    row = box.numel // box.extent[dim]
-    step = max(most // row, 1)
-    for start in range(0, box.extent[dim], step):
-        part = box.rows(start, min(start + step, box.extent[dim]), dim=dim)
-        if row <= most:
-            yield part
-        else:
-            yield from _parts(part, most, dim + 1)
+def _rooms(total: int, room: int) -> Iterator[int]:
+    """Yield the bytes of one bucket after the other for ``total`` of them."""
+    ends = room // _TAPER // ALIGNMENT * ALIGNMENT
+    if total > _MANY * room and ends >= _LEAST_PIECE_NBYTES:
+        yield ends
+        between = -(-(total - 2 * ends) // room)
+        yield from itertools.repeat(_padded(-(-(total - 2 * ends) // between)), between)
+
+    yield from itertools.repeat(room)
+
+
+def _rows_of(cut: Cut) -> tuple[int, int]:
+    """Return the dim along which a cut is cut first, and the bytes of an index of it; all of them for one element."""
+    dim, size = next(((dim, size) for dim, size in enumerate(cut.extent) if size > 1), (0, 1))
+    return dim, cut.nbytes // size
+
+
+def _cut_rows(cut: Cut, count: int, dim: int) -> tuple[Cut, Cut]:
+    boxes = cut.box.rows(0, count, dim=dim), cut.box.rows(count, cut.extent[dim], dim=dim)
+    first, rest = (Cut(cut.tensor, box.offset, box.extent, cut.dtype) for box in boxes)
+    return first, rest

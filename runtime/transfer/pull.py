@@ -23,6 +23,7 @@ from wavecast.runtime.transfer.cuda_memory import (
     make_current,
     open_memory,
 )
+from wavecast.runtime.transfer.fused import Tally
 from wavecast.runtime.transfer.memory import Memory, Watch, strided
 from wavecast.runtime.transfer.messages import Addresses
 from wavecast.runtime.transfer.parts import Lent, fill_parts, is_small, lend, on_wire, touched_cuts
@@ -35,6 +36,8 @@ __all__ = ("Puller", "Turn", "export_addresses", "why_not_shared")
 #: A row of at least so many bytes goes by a copy engine, which is faster than a kernel there: between two H200 379 GB/s
 #: at 4 MiB and 388 at 8 MiB against 373, but 363 at 2 MiB. Both at once are no faster than the better of them.
 _ENGINE_NBYTES = 4 << 20
+#: Allocations that are tried before an actor says that its memory can be shared.
+_TRIED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +95,21 @@ class _Arrival:
 
 
 def why_not_shared(memory: Memory) -> str:
-    """Return why other processes could not map the memory, or nothing when they can."""
+    """
+    Return why other processes could not map the memory, or nothing when it seems that they can.
+
+    A few allocations are tried: mostly all are of one kind, to try thousands takes 0.3 s, and one that cannot be
+    shared is noticed at the latest when it is to be.
+    """
     exporter = Exporter()
     make_current(index_of(memory.device))
     try:
         for address in memory.addresses():
             if address:
                 exporter.locate(address)
+
+            if len(exporter.handles) == _TRIED:
+                break
     except SyncError as error:
         return str(error)
 
@@ -161,6 +172,7 @@ class Puller:
         self._twins: dict[tuple[Cut, ...], int] = {}
         self._twin_of: dict[int, int] = {}
         self._summed: dict[int, torch.Tensor] = {}
+        self._fetched = torch.zeros(1, dtype=torch.int64, pin_memory=True)
 
     def attach(self, found: Mapping[int, Addresses]) -> None:
         """
@@ -204,13 +216,17 @@ class Puller:
             for stream in self._streams:
                 stream.wait_event(ready)
 
-    def prepare(self, program: Program) -> None:
-        """Work out all steps of ``program`` that are pulled, so that the first of them does not have to."""
+    def prepare_sends(self, program: Program) -> None:
+        """Work out what others pull in ``program``, so that the first run does not have to."""
         self._lent(program)
         for step in program.steps:
             if step.pull and step.sender == program.actor:
                 self._sums_of(step)
-            elif step.pull:
+
+    def prepare_receives(self, program: Program) -> None:
+        """Work out what this actor pulls in ``program``, from where :meth:`attach` was told it lies."""
+        for step in program.steps:
+            if step.pull and step.sender != program.actor:
                 self._parts_of(step)
 
     def take_on(self, program: Program) -> None:
@@ -252,26 +268,33 @@ class Puller:
                 for table in self._sums_of(step):
                     sum_source(table, total, hurry=self._crowded)
 
-    def receive(self, step: Step, total: torch.Tensor | None, turn: Turn) -> Iterator[Fence]:
+    def receive(self, step: Step, total: Callable[[], torch.Tensor | None], turn: Turn) -> Iterator[Fence]:
         """
         Queue the copies of ``step`` and the sums of what they wrote, part by part; yield the fence of each part.
 
         What the sender vouches for is fetched while it looks at the rest. So are the tensors written to, before.
 
+        :param total: returns what the sums are added to, if they are wanted; asked once, when the first copies are on
+            their way
         :raises LayoutError: for a tensor that is not what or where it was
         :raises MoveTimeout: when the sender does not vouch for all of it by the deadline
         """
-        for part in self._parts_of(step):
+        sums: torch.Tensor | None = None
+        for number, part in enumerate(self._parts_of(step)):
             self.boards.wait_vouched(step.sender, step.task, turn.serial, part.needs, turn.deadline, turn.check)
             part.watch.require_still()
             copied = self._start(part, near=step.near)
-            if total is not None:
+            if number == 0:
+                sums = total()
+
+            if sums is not None:
                 for event in copied:
                     self.sums.wait_event(event)
 
+                hurry = part.is_small or (self._crowded and not self._pulls_far)
                 with torch.cuda.stream(self.sums):
                     for table in part.sums:
-                        sum_source(table, total, hurry=self._crowded and (part.is_small or not self._pulls_far))
+                        sum_source(table, sums, hurry=hurry)
 
             yield _Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch, turn.spend)
 
@@ -294,12 +317,23 @@ class Puller:
 
         return copied
 
-    def finished(self) -> torch.cuda.Event:
-        """Return the event after all that was queued."""
+    def finished(self, tally: Tally | None = None) -> torch.cuda.Event:
+        """
+        Return the event after all that was queued.
+
+        :param tally: to be fetched before it
+        """
         event = torch.cuda.Event()
         for stream in self._streams:
             if stream is not self.sums:
                 self.sums.wait_stream(stream)
+
+        if tally is not None:
+            if len(self._fetched) < tally.steps:
+                self._fetched = torch.zeros(tally.steps, dtype=torch.int64, pin_memory=True)
+
+            # Kept here: what was queued is over before this is closed, whatever becomes of the run.
+            tally.fetch(self._fetched, self.sums)
 
         event.record(self.sums)
         return event
@@ -373,7 +407,7 @@ class Puller:
 
         starts = [wire for _, wire in on_wire(step.cuts)]
         for counts, pulled in ((False, others), (True, counted)):
-            for segments in fill_parts(pulled, len(step.cuts)):
+            for segments in fill_parts(pulled):
                 spans = [(segment.wire, segment.wire + segment.rows * segment.nbytes) for segment in segments]
                 watch = self._held().watch(step.cuts[number] for number in touched_cuts(starts, spans))
                 yield self._part(segments, watch, max(end for _, end in spans), counted=counts, near=near)

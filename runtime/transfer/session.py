@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 
 import torch
 
 from wavecast.runtime import errors
+from wavecast.runtime.collector import collector_paused
 from wavecast.runtime.transfer.agreement import Ending, agree
 from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Board
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence
 from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
 from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
-from wavecast.runtime.transfer.copying import TensorCopier
+from wavecast.runtime.transfer.copying import Copier, TensorCopier
 from wavecast.runtime.transfer.fused import FusedCopier, Tables, Tally
 from wavecast.runtime.transfer.futures import item_of, pass_on, promised
 from wavecast.runtime.transfer.lane import Lane
@@ -42,6 +43,8 @@ __all__ = ("Session",)
 
 #: How long giving up waits for the transfer thread before it leaves it behind.
 _GRACE_SECONDS = 0.3
+#: So many parts before the end there is time to hear what the senders have summed up: each takes 0.3 ms.
+_LAST_PARTS = 4
 
 
 class Session:
@@ -53,9 +56,11 @@ class Session:
     meanwhile.
 
     :ivar run: the run under way, if any
+    :ivar under_way: the first parts of what was started ahead are
     """
 
     def __init__(self) -> None:
+        self.under_way = threading.Event()
         self.lane = Lane("wavecast-transfer")
         self.run: Run | None = None
         self._waits = Lane("wavecast-arrivals")
@@ -99,6 +104,7 @@ class Session:
         if not requests:
             return
 
+        self.under_way.clear()
         with self._lock:
             run = self.current(requests[0].run)
             run.next_step = len(requests)
@@ -232,9 +238,14 @@ class Session:
         if self._board is None:
             raise errors.SyncError("the actor was asked for its addresses before it had its program on a GPU")
 
-        addresses = export_addresses(program, self.memory_of(run), self._board)
+        memory = self.memory_of(run)
+        with collector_paused():
+            addresses = export_addresses(program, memory, self._board)
+
         self._exported = run.memory
         self.ring(run)
+        # While the receivers map what they were told. What fails here fails again where it is answered for.
+        self.lane.submit(lambda: self._prepare_sends(run, memory))
         return addresses
 
     def ring(self, run: Run) -> None:
@@ -284,7 +295,15 @@ class Session:
         puller = self._pulling(memory)
         puller.attach(found)
         puller.begin(memory, run.ready)
-        puller.prepare(program)
+        with collector_paused():
+            puller.prepare_receives(program)
+
+    def _prepare_sends(self, run: Run, memory: Memory) -> None:
+        run.check()
+        puller = self._pulling(memory)
+        puller.begin(memory, run.ready)
+        with collector_paused():
+            puller.prepare_sends(self._loaded())
 
     def buckets_of(self, step: int) -> tuple[Bucket, ...]:
         """Return how the bytes of a step travel."""
@@ -370,6 +389,12 @@ class Session:
 
     def _steps(self, run: Run, requests: Sequence[RunStep]) -> list[list[Fence]]:
         """Queue the run's first steps; return for each the fences after which its bytes have moved."""
+        try:
+            return self._start_steps(run, requests)
+        finally:
+            self.under_way.set()
+
+    def _start_steps(self, run: Run, requests: Sequence[RunStep]) -> list[list[Fence]]:
         program = self._loaded()
         steps = [program.steps[request.step] for request in requests]
         if not all(step.pull for step in steps):
@@ -382,6 +407,7 @@ class Session:
         with self._on_host(run):
             while turns:
                 turns = [(found, parts) for found, parts in turns if _take_next(parts, found)]
+                self.under_way.set()
 
         return fences
 
@@ -414,6 +440,10 @@ class Session:
             if step.pull
             else self._move(run, step, request.step, deadline)
         )
+        run.queued += 1
+        if run.queued == len(program.steps) and self._puller is not None and all(each.pull for each in program.steps):
+            # Queued while bytes travel: in the end there is an event to wait for, and nothing to fetch.
+            run.end = self._puller.finished(run.tally)
 
     @contextlib.contextmanager
     def _on_host(self, run: Run) -> Iterator[None]:
@@ -437,6 +467,12 @@ class Session:
             if run.lends and self._board is not None:
                 puller.vouch(program, self._board, self._turn(run, deadline))
 
+    def _make_copier(self, run: Run) -> Copier:
+        """Return what copies and sums up in ``run``, made at its first use: bytes that are pulled travel before."""
+        if run.copier is not None:
+            return run.copier
+
+        program, memory = self._loaded(), self.memory_of(run)
         if program.kernels:
             if self._tables is None or self._tables.memory is not memory:
                 self._tables = Tables(memory)
@@ -445,6 +481,8 @@ class Session:
             run.copier = FusedCopier(self._tables, run.tally)
         else:
             run.copier = TensorCopier(memory, checksum=program.checksum)
+
+        return run.copier
 
     def _tally(self, steps: int, device: torch.device) -> Tally:
         board = self._board
@@ -457,18 +495,21 @@ class Session:
     def _turn(self, run: Run, deadline: Deadline) -> Turn:
         return Turn(run.name.serial, deadline, run.check, lambda: bool(run.given_up), run.spend)
 
-    def _pull(self, run: Run, step: Step, index: int, deadline: Deadline) -> Iterable[Fence]:
+    def _pull(self, run: Run, step: Step, index: int, deadline: Deadline) -> Iterator[Fence]:
         puller = self._pulling(run.memory)
-        total = run.tally.total(index, puller.sums) if run.tally is not None else None
-        if run.actor == step.sender:
-            puller.send(step, total)
-            return ()
 
-        return puller.receive(step, total, self._turn(run, deadline))
+        def total() -> torch.Tensor | None:
+            self._make_copier(run)
+            return run.tally.total(index, puller.sums) if run.tally is not None else None
+
+        if run.actor == step.sender:
+            puller.send(step, total())
+        else:
+            yield from puller.receive(step, total, self._turn(run, deadline))
 
     def _move(self, run: Run, step: Step, index: int, deadline: Deadline) -> Sequence[Fence]:
-        staging, copier = self._staging, run.copier
-        if staging is None or copier is None:
+        staging, copier = self._staging, self._make_copier(run)
+        if staging is None:
             raise errors.SyncError("the actor was asked to run before it was connected and had its program")
 
         self._meet(run, step, deadline)
@@ -515,7 +556,10 @@ class Session:
         def arrive(fences: list[Fence]) -> Reply:
             deadline = Deadline(request.seconds)
             last = request.step + 1 == len(self._loaded().steps)
-            for fence in fences:
+            for number, fence in enumerate(fences):
+                if last and number == max(len(fences) - _LAST_PARTS, 0):
+                    self._listen(run)
+
                 fence.wait(deadline)
 
             if not last:
@@ -553,14 +597,21 @@ class Session:
             staging.finish(deadline)
 
         if puller is not None:
-            CudaFence(puller.finished(), lambda: bool(run.given_up)).wait(deadline)
+            CudaFence(run.end or puller.finished(), lambda: bool(run.given_up)).wait(deadline)
 
         run.check()
         started = time.thread_time()
-        copier = run.copier
-        sums = copier.sums(len(program.steps)) if copier is not None and program.checksum else []
+        sums = self._make_copier(run).sums(len(program.steps)) if program.checksum else []
         run.spend(time.thread_time() - started)
         return Finished(tuple(sums), staging.nbytes if staging is not None else 0, run.host_seconds)
+
+    def _listen(self, run: Run) -> None:
+        """Hear what the senders have summed up while the last bytes travel, to compare it as soon as they are there."""
+        if run.close is not None and self._puller is not None:
+            program = self._loaded()
+            for sender in {step.sender for step in program.steps if step.sender != run.actor}:
+                tasks = [step.task for step in program.steps if step.sender == sender]
+                self._puller.boards.listen(sender, tasks, run.name.serial)
 
     def _close_run(self, run: Run, finished: Finished, deadline: Deadline) -> bool:
         """End the run on this actor, if it may do so by itself and all agree; return whether it has ended."""

@@ -259,6 +259,9 @@ class Machine:
         time.sleep(0)
         self._stream_of(stream).put(lambda: ctypes.memmove(target, source, nbytes))
 
+    def fetch(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self._stream_of(stream).put(lambda: ctypes.memmove(target, source, nbytes))
+
     def write_word(self, address: int, value: int, stream: int) -> None:
         self._stream_of(stream).put(
             functools.partial(ctypes.memmove, address, value.to_bytes(8, "little", signed=True), 8)
@@ -337,6 +340,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setattr(tables, "_launch", machine.launch)
     monkeypatch.setattr(agent, "has_kernels", lambda: True)
     monkeypatch.setattr(agent, "warm_up", lambda device: None)
+    monkeypatch.setattr(fused, "read_async", machine.fetch)
     monkeypatch.setattr(pull, "Exporter", Exporter)
     monkeypatch.setattr(pull, "allocation_of", allocation_of)
     for name in ("make_current", "open_memory", "close_memory"):

@@ -184,6 +184,11 @@ def read_async(target: int, source: int, nbytes: int, stream: int) -> None:
     ctypes.memmove(target, source, nbytes)
 
 
+def fetch(target: int, source: int, nbytes: int, stream: int) -> None:
+    (found,) = [each for each in DEVICE.streams if each.cuda_stream == stream]
+    found.put(functools.partial(ctypes.memmove, target, source, nbytes))
+
+
 def write_word(address: int, value: int, stream: int) -> None:
     ctypes.c_int64.from_address(address).value = value
 
@@ -259,6 +264,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Devi
     monkeypatch.setitem(sys.modules, "wavecast.runtime.transfer.kernels", stand_in)
     monkeypatch.setattr(tables, "_launch", launch)
     monkeypatch.setattr(fused, "torch", HostTorch())
+    monkeypatch.setattr(fused, "read_async", fetch)
     for module in (board, pull):
         monkeypatch.setattr(module, "torch", HostTorch())
         monkeypatch.setattr(module, "make_current", lambda index: None)

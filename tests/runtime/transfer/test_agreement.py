@@ -217,9 +217,27 @@ def test_sums_are_read_at_once_and_only_where_some_are_wanted(monkeypatch: pytes
         host_device.read_async(target, source, nbytes, stream)
 
     monkeypatch.setattr(board, "read_async", read)
-    assert boards.sums(4, (7, 8)) == {7: 13, 8: 11}
-    assert boards.sums(4, ()) == {}
+    assert boards.sums(4, (7, 8), SERIAL) == {7: 13, 8: 11}
+    assert boards.sums(4, (), SERIAL) == {}
     assert reads == [((3 + 5) * 8, 5 * 8)]
+
+
+def test_sums_that_were_heard_early_are_those_of_their_run_alone() -> None:
+    own, boards = Board(2, CPU), Boards(CPU)
+    boards.attach(4, own.page.data_ptr(), own.steps, {7: 1, 8: 0})
+    own.sums.copy_(torch.tensor([10, 11]))
+    boards.listen(4, (7, 8), SERIAL)
+    # Not all was summed up yet: what is there by then counts.
+    own.sums.copy_(torch.tensor([12, 13]))
+    own.post(SUMMED, SERIAL)
+    assert boards.sums(4, (7, 8), SERIAL) == {7: 13, 8: 12}
+    boards.listen(4, (7, 8), SERIAL)
+    # The next run's sums are on their way, and no business of this one.
+    own.sums.copy_(torch.tensor([14, 15]))
+    assert boards.sums(4, (7, 8), SERIAL) == {7: 13, 8: 12}
+    assert boards.sums(4, (7,), SERIAL + 1) == {7: 15}
+    boards.attach(4, own.page.data_ptr(), own.steps, {7: 0, 8: 1})
+    assert boards.sums(4, (7, 8), SERIAL) == {7: 14, 8: 15}
 
 
 @pytest.mark.parametrize("steps", [5, 6])

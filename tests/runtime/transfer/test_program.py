@@ -16,6 +16,7 @@ from wavecast.runtime.layout.shard import Layout, Piece
 from wavecast.runtime.plan.reshard import plan_reshard
 from wavecast.runtime.plan.route import Route
 from wavecast.runtime.plan.tasks import build_tasks
+from wavecast.runtime.transfer import program as program_module
 from wavecast.runtime.transfer.program import (
     ALIGNMENT,
     Bucket,
@@ -85,6 +86,33 @@ def test_a_row_larger_than_a_bucket_is_cut_itself() -> None:
     ]
 
 
+def test_what_does_not_fit_fills_the_bucket_up_unless_little_would_go_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 32 bytes: 96 of the first bucket are taken, and two more rows fit in."""
+    cuts = [Cut("a", (0, 0), (3, 8), "float32"), Cut("b", (4, 0), (6, 8), "float32")]
+    whole = [[("a", (0, 0), (3, 8), 0)], [("b", (4, 0), (5, 8), 0)], [("b", (9, 0), (1, 8), 0)]]
+    assert places(fill_buckets(cuts, bucket_bytes=160)) == whole
+    monkeypatch.setattr(program_module, "_LEAST_PIECE_NBYTES", 64)
+    filled = [[("a", (0, 0), (3, 8), 0), ("b", (4, 0), (2, 8), 96)], [("b", (6, 0), (4, 8), 0)]]
+    assert places(fill_buckets(cuts, bucket_bytes=160)) == filled
+    monkeypatch.setattr(program_module, "_LEAST_PIECE_NBYTES", 65)
+    assert places(fill_buckets(cuts, bucket_bytes=160)) == whole
+
+
+def test_of_many_buckets_the_first_and_the_last_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_module, "_LEAST_PIECE_NBYTES", 16)
+
+    def sizes(nbytes: int) -> list[int]:
+        return [bucket.nbytes for bucket in fill_buckets([Cut("a", (0,), (nbytes,), "uint8")], bucket_bytes=480)]
+
+    assert sizes(4 * 480) == [480, 480, 480, 480]
+    # 160 at both ends, and what is left of 2,000 in four that are alike.
+    assert sizes(2000) == [160, 432, 432, 432, 432, 112]
+    assert sizes(160 + 10 * 480 + 160) == [160, *[480] * 10, 160]
+    # A third of a bucket that is less than what is worth a piece: all alike.
+    monkeypatch.setattr(program_module, "_LEAST_PIECE_NBYTES", 161)
+    assert sizes(2000) == [480, 480, 480, 480, 80]
+
+
 def test_empty_cuts_take_no_bucket() -> None:
     assert fill_buckets([Cut("a", (0, 3), (4, 0), "float32")], bucket_bytes=64) == ()
     assert fill_buckets([], bucket_bytes=64) == ()
@@ -120,10 +148,16 @@ def elements(cut: Cut) -> list[tuple[int, ...]]:
     return found
 
 
-@given(st.lists(a_cut, max_size=8), st.integers(16, 400))
+@given(st.lists(a_cut, max_size=8), st.integers(16, 400), st.sampled_from([1 << 20, 1, 16, 48]))
 def test_buckets_hold_every_element_once_in_order_without_overlap_and_within_their_size(
-    cuts: list[Cut], bucket_bytes: int
+    cuts: list[Cut], bucket_bytes: int, least_piece: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program_module, "_LEAST_PIECE_NBYTES", least_piece)
+        check_buckets(cuts, bucket_bytes)
+
+
+def check_buckets(cuts: list[Cut], bucket_bytes: int) -> None:
     buckets = fill_buckets(cuts, bucket_bytes=bucket_bytes)
     laid = [item.cut for bucket in buckets for item in bucket.items]
     assert [(cut.dtype, index) for cut in laid for index in elements(cut)] == [

@@ -75,7 +75,8 @@ class Pair:
         for actor, (puller, memory) in enumerate(zip(self.pullers, self.memories, strict=True)):
             puller.begin(memory, None)
             if prepare:
-                puller.prepare(program(actor, *self.steps))
+                puller.prepare_sends(program(actor, *self.steps))
+                puller.prepare_receives(program(actor, *self.steps))
 
         self.board.begin(self.serial, None)
         sender, receiver = self.pullers
@@ -83,7 +84,9 @@ class Pair:
         copied = []
         for index, step in enumerate(self.steps):
             sender.send(step, tallies[0].total(index, sender.sums))
-            copied.extend(receiver.receive(step, tallies[1].total(index, receiver.sums), turn(self.serial)))
+            copied.extend(
+                receiver.receive(step, lambda index=index: tallies[1].total(index, receiver.sums), turn(self.serial))
+            )
 
         ends = [puller.finished() for puller in self.pullers]
         assert not any(event.query() for event in ends)
@@ -143,8 +146,6 @@ def test_what_is_pulled_is_bit_for_bit_the_senders_and_sums_up_to_what_the_oracl
 ) -> None:
     monkeypatch.setattr(pull, "_ENGINE_NBYTES", engine_nbytes)
     monkeypatch.setattr(parts, "_LEAST_PART_NBYTES", least_part)
-    # Many small parts are looked at and vouched for one by one.
-    monkeypatch.setattr(parts, "_MANY_CUTS", 0 if least_part == 256 else 1024)
     pair = odd_pair()
     pair.attach()
     sent, found = pair.run(device)
@@ -214,7 +215,7 @@ def test_without_sums_nothing_is_summed_up(device: Device, monkeypatch: pytest.M
     pair.pullers[0].vouch(program(0, *pair.steps), pair.board, turn(1))
     for step in pair.steps:
         pair.pullers[0].send(step, None)
-        list(pair.pullers[1].receive(step, None, turn(1)))
+        list(pair.pullers[1].receive(step, lambda: None, turn(1)))
 
     device.drain()
     assert arrived(pair)
@@ -236,7 +237,7 @@ def test_a_receiver_pulls_from_two_senders(device: Device) -> None:
     for part, step in enumerate(steps):
         boards[part].begin(7 + part, None)
         boards[part].vouch(0, 80)
-        list(puller.receive(step, None, turn(7 + part)))
+        list(puller.receive(step, lambda: None, turn(7 + part)))
 
     device.drain()
     assert torch.equal(target, torch.cat(views))
@@ -439,7 +440,7 @@ def test_a_step_before_any_run_is_refused(device: Device) -> None:
     pair = odd_pair()
     pair.attach()
     with pytest.raises(SyncError, match="before the run began"):
-        list(pair.pullers[1].receive(pair.steps[0], None, turn(1)))
+        list(pair.pullers[1].receive(pair.steps[0], lambda: None, turn(1)))
 
 
 def test_what_joins_a_puller_comes_after_its_work_and_before_what_follows(device: Device) -> None:
@@ -454,12 +455,12 @@ def test_what_joins_a_puller_comes_after_its_work_and_before_what_follows(device
     target = pair.memories[1].targets(pair.steps[2].cuts[0])[0]
     pair.board.begin(1, None)
     pair.pullers[0].vouch(program(0, *pair.steps), pair.board, turn(1))
-    list(pair.pullers[1].receive(pair.steps[0], None, turn(1)))
+    list(pair.pullers[1].receive(pair.steps[0], lambda: None, turn(1)))
     pair.pullers[1].join(stream)  # type: ignore[arg-type]
     stream.put(lambda: seen.append(bool(pair.memories[1].targets(pair.steps[0].cuts[2])[0].any())))
     stream.put(lambda: seen.append(bool(target.any())))
     pair.pullers[1].join(stream)  # type: ignore[arg-type]
-    list(pair.pullers[1].receive(pair.steps[2], None, turn(1)))
+    list(pair.pullers[1].receive(pair.steps[2], lambda: None, turn(1)))
     device.drain()
     assert seen == [True, False]
     assert target.any()
