@@ -272,21 +272,26 @@ class RayActors:
 
 
 async def _first(ref: ray.ObjectRef[bytes], told: Told) -> object:
-    """Return the answer behind ``ref``, or what was told ahead of it: whichever comes first."""
-    answer = asyncio.ensure_future(ref)
+    """
+    Return the answer behind ``ref``, or what was told ahead of it: whichever comes first.
 
-    def wake(_: object) -> None:
+    One future for both, and no task for the answer: each turn of the loop comes after the last byte.
+    """
+    loop = asyncio.get_running_loop()
+    answer = ref.future()
+
+    def wake() -> None:
         if not told.done():
             told.set_result(None)
 
-    answer.add_done_callback(wake)
-    try:
-        # One future for both: each turn of the loop comes between the last byte and the end of the sync.
-        found = await told
-        return decode(answer.result()) if found is None else found
-    finally:
-        # Ends the wait alone: the call itself goes on to its end.
-        answer.cancel()
+    def call_home(_: object) -> None:
+        # On a thread of Ray's, perhaps long after the sync, when the loop may be closed.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(wake)
+
+    answer.add_done_callback(call_home)
+    found = await told
+    return decode(answer.result()) if found is None else found
 
 
 async def _settled(ref: ray.ObjectRef[bytes]) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wavecast.runtime import errors
+from wavecast.runtime.cluster import Answer
 from wavecast.runtime.known import Known
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.request import SyncRequest
 from wavecast.runtime.transfer.messages import Began, Begin, CloseRun, RunId, RunStep, Standing, Status
 
-__all__ = ("HeadStart", "ask_versions", "begin", "head_starts")
+__all__ = ("HeadStart", "ask_to_begin", "ask_versions", "head_starts", "hear_begins")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +66,14 @@ async def ask_versions(known: Known) -> None:
     _observe(known, await known.actors.ask_all(dict.fromkeys(every, Status()), Standing))
 
 
-async def begin(
+def ask_to_begin(
     known: Known, run: RunId, version: int | None, request: SyncRequest, starts: Sequence[HeadStart] = ()
-) -> list[Began]:
+) -> dict[int, Answer]:
     """
-    Let all actors read their shards, and return what each of them says, in their order.
-
-    Notes in ``known`` which replicas have which version, and whether hooks come before anything moves.
+    Let all actors read their shards; return their answers to come, for :func:`hear_begins`.
 
     :param version: that the destinations are about to be brought to
     :param starts: by actor: what it may do at once; none: nothing
-    :raises SyncError: when an actor died or failed, or a source's own weights are torn
-    :raises ValidationError: when the sources are to be scanned and hold NaN
     """
     in_shadow = known.options.staging == "shadow"
     # In turns: a receiver's first byte waits for its sender, which looks at its weights before.
@@ -95,7 +92,21 @@ async def begin(
         )
         for actor in order
     }
-    replies = await known.actors.ask_all(requests, Began)
+    return {actor: known.actors.start(actor, request) for actor, request in requests.items()}
+
+
+async def hear_begins(
+    known: Known, version: int | None, request: SyncRequest, asked: Mapping[int, Answer]
+) -> list[Began]:
+    """
+    Return what each actor says at its begin, in their order.
+
+    Notes in ``known`` which replicas have which version, and whether hooks come before anything moves.
+
+    :raises SyncError: when an actor died or failed, or a source's own weights are torn
+    :raises ValidationError: when the sources are to be scanned and hold NaN
+    """
+    replies = dict(zip(asked, await known.actors.answers(list(asked.values()), Began), strict=True))
     _observe(known, {actor: reply.standing for actor, reply in replies.items()})
     known.paused = any("before_sync" in reply.hooks for reply in replies.values())
     known.hooked = any(reply.hooks for reply in replies.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 
 import anyio
@@ -16,7 +16,7 @@ from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.integrity import compare_checksums, validate
 from wavecast.runtime.known import Known
 from wavecast.runtime.notices import Notices, listening
-from wavecast.runtime.opening import HeadStart, ask_versions, begin, head_starts
+from wavecast.runtime.opening import ask_to_begin, ask_versions, head_starts, hear_begins
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.report import HookSeconds, SyncReport
@@ -199,9 +199,12 @@ class SyncRun:
         failures: list[errors.SyncError] = []
         moving = anyio.CancelScope()
 
-        async def begin_all() -> None:
+        # The begins leave first, and at once: an actor takes its calls in the order in which they were sent.
+        asked = ask_to_begin(self._known, self._name, self.version, self.request, starts)
+
+        async def hear_all() -> None:
             try:
-                began.extend(await self._begin(starts))
+                began.extend(await hear_begins(self._known, self.version, self.request, asked))
             except errors.SyncError as error:
                 # One that was given up because a step had failed has nothing to tell.
                 (failures if isinstance(error, errors.SyncAborted) else refusals).append(error)
@@ -211,10 +214,8 @@ class SyncRun:
 
         outcome: RunReport | None = None
         async with anyio.create_task_group() as group:
-            group.start_soon(begin_all)
+            group.start_soon(hear_all)
             with moving:
-                # The begins leave first: an actor takes its calls in the order in which they were sent.
-                await anyio.lowlevel.checkpoint()
                 try:
                     outcome = await self._transfer(preparation)
                 except errors.SyncError as error:
@@ -374,8 +375,9 @@ class SyncRun:
 
         return began
 
-    async def _begin(self, starts: Sequence[HeadStart] = ()) -> list[Began]:
-        return await begin(self._known, self._name, self.version, self.request, starts)
+    async def _begin(self) -> list[Began]:
+        asked = ask_to_begin(self._known, self._name, self.version, self.request)
+        return await hear_begins(self._known, self.version, self.request, asked)
 
     async def _transfer(self, preparation: Preparation) -> RunReport:
         with listening() as notices:

@@ -20,7 +20,7 @@ from wavecast.runtime.collector import collector_paused
 from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
 from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
-from wavecast.runtime.transfer.futures import pass_on
+from wavecast.runtime.transfer.futures import Promise, pass_on
 from wavecast.runtime.transfer.hooks import Hook, HookCall, Hooks, call_hooks, call_hooks_async
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
@@ -120,7 +120,7 @@ class Agent:
         self._latest = 0
         self._memory: Memory | None = None
         self._moves = 0
-        self._early: list[tuple[RunStep, Future[Reply]]] = []
+        self._early: list[tuple[RunStep, Promise[Reply]]] = []
         self._place: tuple[torch.device, Place] | None = None
         self._unshared = ""
         self._layout = Layout(())
@@ -261,7 +261,7 @@ class Agent:
 
         if isinstance(request, RunStep):
             future = self._step(request)
-            future.add_done_callback(lambda done: _tell(host, done))
+            future.tell_first(lambda reply: _tell(host, reply))
             return future
 
         session = self._session(request.run)
@@ -314,11 +314,10 @@ class Agent:
 
     # Steps, which may come before the begin of their run where calls have no order.
 
-    def _step(self, request: RunStep) -> Future[Reply]:
+    def _step(self, request: RunStep) -> Promise[Reply]:
         with self._lock:
             if request.run.serial > self._latest:
-                future: Future[Reply] = Future()
-                future.set_running_or_notify_cancel()
+                future: Promise[Reply] = Promise()
                 self._early.append((request, future))
                 return future
 
@@ -338,7 +337,7 @@ class Agent:
         for _, waiting in expired:
             waiting.set_exception(MoveTimeout("the step's run had not begun by its deadline"))
 
-    def _take_up(self, request: RunStep, outer: Future[Reply]) -> None:
+    def _take_up(self, request: RunStep, outer: Promise[Reply]) -> None:
         """Go on with a step that came early, now that a run has begun: its own, or a later one."""
         try:
             inner = self._step(request)
@@ -599,9 +598,9 @@ def _received(program: Program) -> frozenset[str]:
     return frozenset(own | (written - renamed.keys()))
 
 
-def _tell(host: Host, done: Future[Reply]) -> None:
-    """Let the driver know what a step became, unless it failed: only the answer itself can say how."""
-    if not done.cancelled() and done.exception() is None and isinstance(reply := done.result(), StepDone):
+def _tell(host: Host, reply: Reply) -> None:
+    """Let the driver know what a step became; of one that failed only the answer itself can say how."""
+    if isinstance(reply, StepDone):
         host.tell(reply)
 
 

@@ -274,29 +274,38 @@ class Puller:
 
         What the sender vouches for is fetched while it looks at the rest. So are the tensors written to, before.
 
-        :param total: returns what the sums are added to, if they are wanted; asked once, when the first copies are on
+        :param total: returns what the sums are added to, if they are wanted; not asked before the first copies are on
             their way
         :raises LayoutError: for a tensor that is not what or where it was
         :raises MoveTimeout: when the sender does not vouch for all of it by the deadline
         """
-        sums: torch.Tensor | None = None
-        for number, part in enumerate(self._parts_of(step)):
+        before: tuple[_Part, list[torch.cuda.Event]] | None = None
+        for part in self._parts_of(step):
             self.boards.wait_vouched(step.sender, step.task, turn.serial, part.needs, turn.deadline, turn.check)
             part.watch.require_still()
             copied = self._start(part, near=step.near)
-            if number == 0:
-                sums = total()
+            if before is not None:
+                # After the next copies: the link must not wait for a launch.
+                self._sum_up(*before, total())
 
-            if sums is not None:
-                for event in copied:
-                    self.sums.wait_event(event)
-
-                hurry = part.is_small or (self._crowded and not self._pulls_far)
-                with torch.cuda.stream(self.sums):
-                    for table in part.sums:
-                        sum_source(table, sums, hurry=hurry)
-
+            before = part, copied
             yield _Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch, turn.spend)
+
+        if before is not None:
+            self._sum_up(*before, total())
+
+    def _sum_up(self, part: _Part, copied: Sequence[torch.cuda.Event], total: torch.Tensor | None) -> None:
+        """Queue the sum of what a part wrote, behind its copies."""
+        if total is None:
+            return
+
+        for event in copied:
+            self.sums.wait_event(event)
+
+        hurry = part.is_small or (self._crowded and not self._pulls_far)
+        with torch.cuda.stream(self.sums):
+            for table in part.sums:
+                sum_source(table, total, hurry=hurry)
 
     def _start(self, part: _Part, *, near: bool) -> list[torch.cuda.Event]:
         """Queue the copies of a part; return the events after them."""

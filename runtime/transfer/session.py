@@ -19,7 +19,7 @@ from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
 from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
 from wavecast.runtime.transfer.copying import Copier, TensorCopier
 from wavecast.runtime.transfer.fused import FusedCopier, Tables, Tally
-from wavecast.runtime.transfer.futures import item_of, pass_on, promised
+from wavecast.runtime.transfer.futures import Promise, item_of, pass_on
 from wavecast.runtime.transfer.lane import Lane
 from wavecast.runtime.transfer.memory import Memory
 from wavecast.runtime.transfer.messages import (
@@ -43,8 +43,9 @@ __all__ = ("Session",)
 
 #: How long giving up waits for the transfer thread before it leaves it behind.
 _GRACE_SECONDS = 0.3
-#: So many parts before the end there is time to hear what the senders have summed up: each takes 0.3 ms.
-_LAST_PARTS = 4
+#: So many parts before the end there is time to hear what the senders have summed up: each takes 0.3 ms, and what is
+#: read of a board may wait for two of them.
+_LAST_PARTS = 6
 
 
 class Session:
@@ -76,7 +77,7 @@ class Session:
         self._exported: Memory | None = None
         self._rung: RunId | None = None
         self._stores: dict[str, torch.distributed.Store] = {}
-        self._started: dict[tuple[RunId, int], Future[Reply]] = {}
+        self._started: dict[tuple[RunId, int], Promise[Reply]] = {}
         self._epoch = 0
         self._ended: tuple[RunId | None, str] = (None, "")
 
@@ -110,16 +111,16 @@ class Session:
             run.next_step = len(requests)
             queued = self.lane.submit(lambda: self._steps(run, requests))
             for request in requests:
-                future = self._started[request.run, request.step] = promised()
+                future = self._started[request.run, request.step] = Promise()
                 self._await(item_of(queued, request.step), run, request, future)
 
-    def enqueue(self, request: RunStep) -> Future[Reply]:
+    def enqueue(self, request: RunStep) -> Promise[Reply]:
         """
         Hand the step to the lane as soon as all steps before it have been handed over.
 
         Of one that was started ahead this is what became of it.
         """
-        future: Future[Reply] = promised()
+        future: Promise[Reply] = Promise()
         with self._lock:
             started_ahead = self._started.pop((request.run, request.step), None)
             if started_ahead is not None:
@@ -278,7 +279,7 @@ class Session:
 
         self.refuse_to_close(run)
         run.next_step = len(requests)
-        self._started = {(request.run, request.step): promised() for request in requests}
+        self._started = {(request.run, request.step): Promise() for request in requests}
         for future in self._started.values():
             future.set_exception(error)
 
@@ -398,10 +399,17 @@ class Session:
         program = self._loaded()
         steps = [program.steps[request.step] for request in requests]
         if not all(step.pull for step in steps):
-            return [self._step(run, request) for request in requests]
+            fences = [self._step(run, request) for request in requests]
+            if len(requests) == len(program.steps):
+                with self._on_host(run):
+                    # While bytes travel; in the end the addresses will do.
+                    run.memory.require_still()
+                    run.looked = True
+
+            return fences
 
         # Part by part in turns: all links are busy at once, and those first that are not on this GPU.
-        fences: list[list[Fence]] = [[] for _ in requests]
+        fences = [[] for _ in requests]
         turns = [(fences[number], self._queue(run, request)) for number, request in enumerate(requests)]
         turns = [turns[number] for number in sorted(range(len(steps)), key=lambda number: steps[number].near)]
         with self._on_host(run):
@@ -586,7 +594,10 @@ class Session:
         program, staging, puller = self._loaded(), self._staging, self._puller
         started = time.thread_time()
         if not all(step.pull for step in program.steps):
-            run.memory.require_still()
+            if run.looked:
+                run.memory.require_in_place()
+            else:
+                run.memory.require_still()
         elif any(step.sender == run.actor for step in program.steps):
             # Looked at as a whole before it was lent; what was received was looked at as it arrived.
             run.memory.require_in_place()

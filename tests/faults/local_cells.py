@@ -106,7 +106,7 @@ class FaultyActor(LocalActor):
         self._runs.set()
 
     def remote(self, call: bytes, *attachments: Answer) -> Answer:
-        return FaultyAnswer(super().remote(call, *attachments).future, self)
+        return FaultyAnswer(super().remote(call, *attachments).found, self)
 
     def _arrived(self, request: Request) -> None:
         if self.injector.due(request, "kill"):

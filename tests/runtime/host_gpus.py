@@ -341,6 +341,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setattr(agent, "has_kernels", lambda: True)
     monkeypatch.setattr(agent, "warm_up", lambda device: None)
     monkeypatch.setattr(fused, "read_async", machine.fetch)
+    monkeypatch.setattr(fused, "clear_words", machine.clear_words)
+    monkeypatch.setattr(fused, "make_current", machine.make_current)
     monkeypatch.setattr(pull, "Exporter", Exporter)
     monkeypatch.setattr(pull, "allocation_of", allocation_of)
     for name in ("make_current", "open_memory", "close_memory"):
@@ -471,7 +473,7 @@ class GpuActor(LocalActor):
         name = type(request).__name__
         self.log.append(("asked", self.gpu.index, name))
         answer = super().remote(call, *attachments)
-        answer.future.add_done_callback(lambda done: self.log.append(("answered", self.gpu.index, name)))
+        answer.found.add_done_callback(lambda done: self.log.append(("answered", self.gpu.index, name)))
         return answer
 
     async def _serve(self, request: Request, host: ThreadHost, attachments: Sequence[Answer]) -> bytes:

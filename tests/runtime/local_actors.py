@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from typing import cast
 
 import pytest
@@ -30,11 +31,26 @@ class StorelessSession(FakeSession):
 class Answer:
     """What Ray's reference is: to be awaited any number of times, and not ended by a waiter that goes away."""
 
-    def __init__(self, future: asyncio.Future[bytes]) -> None:
-        self.future = future
+    def __init__(self, found: asyncio.Future[bytes]) -> None:
+        self.found = found
 
     def __await__(self) -> Generator[object, None, bytes]:
-        return asyncio.shield(self.future).__await__()
+        return asyncio.shield(self.found).__await__()
+
+    def future(self) -> Future[bytes]:
+        """Return the same as a future of the standard library's threads."""
+        passed: Future[bytes] = Future()
+
+        def pass_on(done: asyncio.Future[bytes]) -> None:
+            if done.cancelled():
+                passed.cancel()
+            elif (error := done.exception()) is not None:
+                passed.set_exception(error)
+            else:
+                passed.set_result(done.result())
+
+        self.found.add_done_callback(pass_on)
+        return passed
 
 
 class LocalActor:
@@ -121,8 +137,8 @@ class LocalActor:
 
 def cancel(answer: Answer, *, recursive: bool) -> None:
     """Stands in for ``ray.cancel``."""
-    if not answer.future.done():
-        answer.future.set_exception(TaskCancelledError())
+    if not answer.found.done():
+        answer.found.set_exception(TaskCancelledError())
 
 
 class Holder(TransferWorker):
