@@ -36,6 +36,7 @@ class Board:
 
     :param steps: the most steps it has room for
     :ivar page: int64
+    :ivar cleared: once it has passed, the sums may be added to
     """
 
     def __init__(self, steps: int, device: torch.device) -> None:
@@ -46,6 +47,8 @@ class Board:
         # What is queued when the board is dropped must not reach whoever is given its memory next.
         self.page.record_stream(self._stream)
         self._index = index_of(device)
+        self.cleared = torch.cuda.Event()
+        self.cleared.record(self._stream)
 
     @property
     def sums(self) -> torch.Tensor:
@@ -53,15 +56,17 @@ class Board:
         return self.page[_STEPS + self.steps :]
 
     def begin(self, serial: int, ready: torch.cuda.Event | None) -> None:
-        """Say that a run has begun and nothing is vouched for yet, once ``ready`` has passed."""
+        """Say that a run has begun, nothing is vouched for yet and nothing summed up, once ``ready`` has passed."""
         if ready is not None:
             self._stream.wait_event(ready)
 
         if self.steps:
             make_current(self._index)
-            clear_words(self._address(_STEPS), self.steps, self._stream.cuda_stream)
+            clear_words(self._address(_STEPS), 2 * self.steps, self._stream.cuda_stream)
 
         self.post(BEGUN, serial)
+        self.cleared = torch.cuda.Event()
+        self.cleared.record(self._stream)
 
     def vouch(self, place: int, nbytes: int) -> None:
         """Say that so many bytes of a step, in wire order, are where the peers believe them to be."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from wavecast.runtime.layout.dtypes import itemsize
-from wavecast.runtime.transfer.board import index_of
+from wavecast.runtime.transfer.board import Board
 from wavecast.runtime.transfer.copying import window_of
-from wavecast.runtime.transfer.cuda_memory import clear_words, make_current, read_async
+from wavecast.runtime.transfer.cuda_memory import read_async
 from wavecast.runtime.transfer.memory import Memory, dtype_of, strided
 from wavecast.runtime.transfer.program import Bucket, Placed
 from wavecast.runtime.transfer.segments import Segment, Strided, join_segments, pair_segments
@@ -32,22 +32,20 @@ class Tally:
 
     :param steps: how many
     :ivar steps: how many there is room for
-    :param place: where they are kept, int64, for others to see; cleared here. ``None``: in memory of their own
+    :param board: where they are kept, for others to see; ``None``: in memory of their own
     """
 
-    def __init__(self, steps: int, device: torch.device, place: torch.Tensor | None = None) -> None:
-        if place is None:
-            place = torch.zeros(max(steps, 1), dtype=torch.int64, device=device)
+    def __init__(self, steps: int, device: torch.device, board: Board | None = None) -> None:
+        if board is None:
+            self._totals = torch.zeros(max(steps, 1), dtype=torch.int64, device=device)
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(device))
         else:
-            # Not by a kernel, which would take ten times as long to start.
-            make_current(index_of(device))
-            clear_words(place.data_ptr(), len(place), torch.cuda.current_stream(device).cuda_stream)
+            self._totals = board.sums
+            self._ready = board.cleared
 
-        self.steps = len(place)
-        self._totals = place
+        self.steps = len(self._totals)
         self._fetched: torch.Tensor | None = None
-        self._ready = torch.cuda.Event()
-        self._ready.record(torch.cuda.current_stream(device))
 
     def total(self, step: int, stream: torch.cuda.Stream | None = None) -> torch.Tensor:
         """Return the place of a step's sum; what ``stream`` (else the current one) adds comes after its clearing."""

@@ -449,8 +449,11 @@ class Session:
             else self._move(run, step, request.step, deadline)
         )
         run.queued += 1
-        if run.queued == len(program.steps) and self._puller is not None and all(each.pull for each in program.steps):
+        if run.queued == len(program.steps) and self._puller is not None:
             # Queued while bytes travel: in the end there is an event to wait for, and nothing to fetch.
+            for stream in self._staging.streams() if self._staging is not None else ():
+                self._puller.sums.wait_stream(stream)
+
             run.end = self._puller.finished(run.tally)
 
     @contextlib.contextmanager
@@ -493,8 +496,7 @@ class Session:
         return run.copier
 
     def _tally(self, steps: int, device: torch.device) -> Tally:
-        board = self._board
-        return Tally(steps, device, board.sums if board is not None and self._has_room(steps) else None)
+        return Tally(steps, device, self._board if self._has_room(steps) else None)
 
     def _has_room(self, steps: int) -> bool:
         """Tell whether there is a board for so many steps."""
@@ -568,6 +570,10 @@ class Session:
                 if last and number == max(len(fences) - _LAST_PARTS, 0):
                     self._listen(run)
 
+                if last and run.looked and number + 1 == len(fences):
+                    # As it was, a moment before the last bytes are there: nobody waits for this.
+                    run.memory.require_in_place()
+
                 fence.wait(deadline)
 
             if not last:
@@ -594,9 +600,7 @@ class Session:
         program, staging, puller = self._loaded(), self._staging, self._puller
         started = time.thread_time()
         if not all(step.pull for step in program.steps):
-            if run.looked:
-                run.memory.require_in_place()
-            else:
+            if not run.looked:
                 run.memory.require_still()
         elif any(step.sender == run.actor for step in program.steps):
             # Looked at as a whole before it was lent; what was received was looked at as it arrived.

@@ -341,8 +341,6 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setattr(agent, "has_kernels", lambda: True)
     monkeypatch.setattr(agent, "warm_up", lambda device: None)
     monkeypatch.setattr(fused, "read_async", machine.fetch)
-    monkeypatch.setattr(fused, "clear_words", machine.clear_words)
-    monkeypatch.setattr(fused, "make_current", machine.make_current)
     monkeypatch.setattr(pull, "Exporter", Exporter)
     monkeypatch.setattr(pull, "allocation_of", allocation_of)
     for name in ("make_current", "open_memory", "close_memory"):

@@ -188,10 +188,6 @@ def fetch(target: int, source: int, nbytes: int, stream: int) -> None:
     stream_of(stream).put(functools.partial(ctypes.memmove, target, source, nbytes))
 
 
-def clear(address: int, count: int, stream: int) -> None:
-    stream_of(stream).put(functools.partial(ctypes.memset, address, 0, 8 * count))
-
-
 def stream_of(number: int) -> Stream:
     (found,) = [each for each in DEVICE.streams if each.cuda_stream == number]
     return found
@@ -273,8 +269,6 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Devi
     monkeypatch.setattr(tables, "_launch", launch)
     monkeypatch.setattr(fused, "torch", HostTorch())
     monkeypatch.setattr(fused, "read_async", fetch)
-    monkeypatch.setattr(fused, "clear_words", clear)
-    monkeypatch.setattr(fused, "make_current", lambda index: None)
     for module in (board, pull):
         monkeypatch.setattr(module, "torch", HostTorch())
         monkeypatch.setattr(module, "make_current", lambda index: None)

@@ -190,7 +190,7 @@ def test_a_board_has_words_then_what_is_vouched_for_and_then_sums() -> None:
     own.sums.fill_(9)
     assert own.page.tolist() == [1, 2, -3, 0, 40, 0, 9, 9, 9]
     own.begin(4, None)
-    assert own.page.tolist() == [4, 2, -3, 0, 0, 0, 9, 9, 9]
+    assert own.page.tolist() == [4, 2, -3, 0, 0, 0, 0, 0, 0]
 
 
 def test_what_was_said_of_a_run_is_taken_back_and_a_later_run_says_it_again() -> None:
