@@ -101,9 +101,12 @@ class FusedCopier:
     A sender sums up what it reads from its weights, a receiver what it finds in its own after writing.
 
     :param tally: takes the sums; ``None``: none are wanted
+    :param last: the run's last step, and where its last bucket begins: nothing travels while that is unpacked, nor
+        while the run's very first one is packed
     """
 
-    def __init__(self, tables: Tables, tally: Tally | None) -> None:
+    def __init__(self, tables: Tables, tally: Tally | None, *, last: tuple[int, int] = (-1, 0)) -> None:
+        self._last = last
         self._tables = tables
         self._memory = tables.memory
         self._tally = tally
@@ -114,16 +117,17 @@ class FusedCopier:
             plan = self._tables.packing[step, bucket.first] = self._plan_packing(bucket)
 
         base = window.data_ptr()
+        alone = (step, bucket.first) == (0, 0)
         for item in plan.worked:
             window_of(item, window).copy_(self._memory.source(item.cut), non_blocking=True)
 
         if self._tally is None:
             for table in plan.copies:
-                stage_table(table, target_base=base)
+                stage_table(table, target_base=base, alone=alone)
         else:
             total = self._tally.total(step)
             for table in plan.copies:
-                stage_and_sum_table(table, total, target_base=base)
+                stage_and_sum_table(table, total, target_base=base, alone=alone)
 
             for table in plan.worked_sums:
                 sum_source(table, total, source_base=base)
@@ -138,13 +142,14 @@ class FusedCopier:
 
         check()
         base = window.data_ptr()
+        alone = (step, bucket.first) == self._last
         for table in (*plan.more, *plan.copies):
-            stage_table(table, source_base=base)
+            stage_table(table, source_base=base, alone=alone)
 
         if self._tally is not None:
             total = self._tally.total(step)
             for table in plan.copies:
-                sum_target(table, total)
+                sum_target(table, total, alone=alone)
 
     def sums(self, steps: int) -> list[int]:
         return [] if self._tally is None else self._tally.values(steps)

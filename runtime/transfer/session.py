@@ -489,7 +489,9 @@ class Session:
                 self._tables = Tables(memory)
 
             run.tally = self._tally(len(program.steps), memory.device) if program.checksum else None
-            run.copier = FusedCopier(self._tables, run.tally)
+            end = len(program.steps) - 1
+            buckets = () if program.steps[end].pull else self.buckets_of(end)
+            run.copier = FusedCopier(self._tables, run.tally, last=(end, buckets[-1].first if buckets else 0))
         else:
             run.copier = TensorCopier(memory, checksum=program.checksum)
 
@@ -522,8 +524,6 @@ class Session:
         if staging is None:
             raise errors.SyncError("the actor was asked to run before it was connected and had its program")
 
-        self._meet(run, step, deadline)
-
         leg = Leg(
             step=index,
             sender=step.sender,
@@ -533,6 +533,7 @@ class Session:
             forwards=self._forwards,
             copier=copier,
             deadline=deadline,
+            meet=lambda: self._meet(run, step, deadline),
             check=run.check,
         )
         return staging.send(leg) if run.actor == step.sender else staging.receive(leg)

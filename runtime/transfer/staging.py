@@ -24,6 +24,7 @@ class Leg:
     :ivar ahead: what this actor sends first in its next step, if it does: it can be packed while this step travels
     :ivar step: the step's position in the actor's program
     :ivar forwards: this actor sends on what it received in the same run
+    :ivar meet: called before a bucket is sent or received; blocks until the other members have begun the run too
     :ivar check: called before memory is read or written; raises once the run has been given up
     """
 
@@ -35,6 +36,7 @@ class Leg:
     forwards: bool
     copier: Copier
     deadline: Deadline
+    meet: Callable[[], None]
     check: Callable[[], None]
 
 
@@ -101,6 +103,7 @@ class Staging:
             slot = self._next_slot()
             self._pack(slot, bucket, leg.step, leg)
             slot.packed = None
+            leg.meet()
             with slot.in_order():
                 window = slot.buffer[: bucket.nbytes]
                 move = self._communicator.start(
@@ -131,6 +134,7 @@ class Staging:
             slot = self._next_slot()
             self._settle(slot)
             slot.packed = None
+            leg.meet()
             with slot.in_order():
                 window = slot.buffer[: bucket.nbytes]
                 move = self._communicator.start(

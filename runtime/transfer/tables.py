@@ -121,14 +121,20 @@ def copy_table(table: Table, *, source_base: int = 0, target_base: int = 0, near
     _launch(table, source_base, target_base, table.rows, "COPY", _COPY_WARPS, _NEAR if near else _FAR)
 
 
-def stage_table(table: Table, *, source_base: int = 0, target_base: int = 0) -> None:
-    """Queue the copies of ``table`` to or from staging memory: beside a transport whose kernels need room as well."""
-    _launch(table, source_base, target_base, table.rows, "COPY", _COPY_WARPS, _BESIDE)
+def stage_table(table: Table, *, source_base: int = 0, target_base: int = 0, alone: bool = False) -> None:
+    """
+    Queue the copies of ``table`` to or from staging memory: beside a transport whose kernels need room as well.
+
+    :param alone: nothing travels meanwhile: with all of the device
+    """
+    _launch(table, source_base, target_base, table.rows, "COPY", _COPY_WARPS, _NEAR if alone else _BESIDE)
 
 
-def stage_and_sum_table(table: Table, total: torch.Tensor, *, source_base: int = 0, target_base: int = 0) -> None:
+def stage_and_sum_table(
+    table: Table, total: torch.Tensor, *, source_base: int = 0, target_base: int = 0, alone: bool = False
+) -> None:
     """As :func:`stage_table`; the weighed sum of what was read is added to ``total`` (one int64)."""
-    _launch(table, source_base, target_base, total, "COPY_AND_SUM", _COPY_WARPS, _BESIDE)
+    _launch(table, source_base, target_base, total, "COPY_AND_SUM", _COPY_WARPS, _NEAR if alone else _BESIDE)
 
 
 def sum_source(table: Table, total: torch.Tensor, *, source_base: int = 0, hurry: bool = True) -> None:
@@ -140,9 +146,13 @@ def sum_source(table: Table, total: torch.Tensor, *, source_base: int = 0, hurry
     _launch(table, source_base, 0, total, "SUM_SOURCE", _SUM_WARPS, _NEAR if hurry else _ASIDE)
 
 
-def sum_target(table: Table, total: torch.Tensor, *, target_base: int = 0) -> None:
-    """Queue the weighed sum of all that lies where ``table`` writes; it is added to ``total`` (one int64)."""
-    _launch(table, 0, target_base, total, "SUM_TARGET", _SUM_WARPS, _BESIDE)
+def sum_target(table: Table, total: torch.Tensor, *, target_base: int = 0, alone: bool = False) -> None:
+    """
+    Queue the weighed sum of all that lies where ``table`` writes; it is added to ``total`` (one int64).
+
+    :param alone: as for :func:`stage_table`
+    """
+    _launch(table, 0, target_base, total, "SUM_TARGET", _SUM_WARPS, _NEAR if alone else _BESIDE)
 
 
 def _launch(

@@ -135,6 +135,7 @@ def leg(
         forwards=False,
         copier=copier,
         deadline=Deadline(5),
+        meet=lambda: None,
         check=check,
     )
 
