@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
-import gc
 import json
 import logging
 import os
@@ -29,75 +27,22 @@ from pathlib import Path
 
 import anyio
 import ray
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import environment
+from benchmarks.soak_actor import Footprint, SoakActor
 from tests.faults.cells import CELLS, Cell
 from tests.faults.injection import Fault
-from tests.faults.ray_cells import FaultyPoolActor, cancelling, counting_steps, failing, mend
+from tests.faults.ray_cells import cancelling, counting_steps, failing, mend
 from tests.integration.conftest import Pool, Sides, sides_of, start_ray
 from wavecast.runtime import ParameterSyncGroup, SyncOptions
 
-__all__ = ("Footprint", "Soak", "SoakActor", "main", "soak")
+__all__ = ("Soak", "main", "soak")
 
 _QUICK = ("hook", "shape", "dtype", "memory", "bit", "cancel")
 _GROUP = 100
 _SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """
-    What one process holds.
-
-    :ivar private_bytes: resident and its own: pages of Ray's object store that it has looked at are not counted
-    :ivar heap_bytes: of these, what glibc's allocator has handed out and not been given back, mapped blocks included:
-        growth here is held by somebody; growth of ``private_bytes`` alone lies free in the allocator or outside it
-    """
-
-    private_bytes: int
-    heap_bytes: int
-    open_files: int
-    threads: int
-    process_groups: int
-
-    @classmethod
-    def now(cls) -> Footprint:
-        gc.collect()
-        # What the demo's own large temporaries left free in the allocator's arenas is held by nobody.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return cls(
-            private_bytes=1024 * int(status["RssAnon"].split()[0]),
-            heap_bytes=_heap_bytes(),
-            open_files=len(os.listdir("/proc/self/fd")),
-            threads=len(os.listdir("/proc/self/task")),
-            process_groups=len(dist.distributed_c10d._world.pg_map),
-        )
-
-
-class _MallInfo(ctypes.Structure):
-    """``struct mallinfo2`` of glibc 2.33 and later."""
-
-    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
-
-
-def _heap_bytes() -> int:
-    """Return what is in use of all of glibc's arenas and of what it mapped apart."""
-    mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
-    mallinfo.restype = _MallInfo
-    found = mallinfo()
-    return int(found.uordblks + found.hblkhd)
-
-
-class SoakActor(FaultyPoolActor):
-    """Says what its process holds."""
-
-    def footprint(self) -> Footprint:
-        return Footprint.now()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +51,14 @@ class Reading:
     What is held while no group is open.
 
     :ivar actors: the most of each that any actor holds that has lived from the start
+    :ivar groups_open: the fewest process groups that one of those held while a group was open that keeps them
     :ivar objects: that Ray counts references to, in the driver
     :ivar shared_memory_files: of the machine
     """
 
     driver: Footprint
     actors: Footprint
+    groups_open: int
     objects: int
     shared_memory_files: int
     tasks: int
@@ -144,6 +91,7 @@ async def soak(syncs: int, *, seed: int) -> Soak:
     errors: Counter[str] = Counter()
     start, wrong, done = time.monotonic(), 0, 0
     readings: dict[int, Reading] = {}
+    groups_open = 0
     while done < syncs:
         number = done // _GROUP
         options = SyncOptions(
@@ -173,8 +121,13 @@ async def soak(syncs: int, *, seed: int) -> Soak:
 
                 done += 1
 
+            if not options.release_communicators:
+                # By now the communicators may have been lost with the last fault.
+                await group.sync(deadline=_SECONDS)
+                groups_open = min([await actor.groups_seen.remote() for actor in steadfast])
+
         del group
-        readings[done] = await _read(steadfast)
+        readings[done] = await _read(steadfast, groups_open)
 
     return Soak(done, dict(sorted(errors.items())), wrong, time.monotonic() - start, readings)
 
@@ -223,25 +176,26 @@ async def _strike(
     return error
 
 
-async def _read(steadfast: Sequence[object]) -> Reading:
+async def _read(steadfast: Sequence[object], groups_open: int) -> Reading:
     found = [await actor.footprint.remote() for actor in steadfast]
     actors = Footprint(
         *(max(getattr(each, field.name) for each in found) for field in fields(Footprint)),
     )
     driver = Footprint.now()
     counted = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
-    return Reading(driver, actors, len(counted), len(os.listdir("/dev/shm")), len(asyncio.all_tasks()))
+    return Reading(driver, actors, groups_open, len(counted), len(os.listdir("/dev/shm")), len(asyncio.all_tasks()))
 
 
 def _table(readings: Mapping[int, Reading]) -> str:
-    rows = ["  syncs | driver MB    heap  files threads | actor MB    heap  files threads groups | objects  shm"]
+    rows = ["  syncs | driver MB    heap  files threads | actor MB    heap  files threads groups  open | objects  shm"]
     for done, each in readings.items():
         driver, actors = each.driver, each.actors
         rows.append(
             f"{done:>7} | {driver.private_bytes / 1e6:9.1f} {driver.heap_bytes / 1e6:7.1f} "
             f"{driver.open_files:>6} {driver.threads:>7} | "
             f"{actors.private_bytes / 1e6:8.1f} {actors.heap_bytes / 1e6:7.1f} {actors.open_files:>6} "
-            f"{actors.threads:>7} {actors.process_groups:>6} | {each.objects:>7} {each.shared_memory_files:>4}"
+            f"{actors.threads:>7} {actors.process_groups:>6} {each.groups_open:>5} | "
+            f"{each.objects:>7} {each.shared_memory_files:>4}"
         )
 
     return "\n".join(rows)
