@@ -33,6 +33,7 @@ from wavecast.runtime.report import HookSeconds, PhaseSeconds, ReplicaVersion, S
 
 if TYPE_CHECKING:
     from wavecast.runtime.group import ParameterSyncGroup
+    from wavecast.runtime.integrity import ValidationReceipt
     from wavecast.runtime.model_group import ModelGroup
     from wavecast.runtime.transfer.worker import TransferWorker
 
@@ -72,11 +73,13 @@ __all__ = (
     "GroupClosed",
     "SyncInProgress",
     "UnsupportedEventLoop",
+    "ValidationReceipt",
 )
 
 # These need ray or torch, which a plan does without: they are imported at first use.
 _HEAVY = {
     "ParameterSyncGroup": "wavecast.runtime.group",
+    "ValidationReceipt": "wavecast.runtime.integrity",
     "ModelGroup": "wavecast.runtime.model_group",
     "TransferWorker": "wavecast.runtime.transfer.worker",
 }

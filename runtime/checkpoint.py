@@ -8,15 +8,17 @@ row-major and little-endian, without gaps.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from wavecast.runtime.errors import CheckpointError, ConfigError
 from wavecast.runtime.layout.box import Box
@@ -34,6 +36,7 @@ _INDEX = "model.safetensors.index.json"
 
 #: No honest header is longer; a longer one would only fill the memory before it fails.
 _HEADER_LIMIT_NBYTES = 100_000_000
+_MOST_DIMS = 64
 
 _DTYPES: Mapping[str, str] = MappingProxyType(
     {
@@ -226,19 +229,16 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
     :return: the tensors, in the order of the header
     :raises CheckpointError: naming the file, the tensor if it is one tensor's fault, and both values that disagree
     """
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size < 8:
-                raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
+    with _opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size < 8:
+            raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
 
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(size - 8, _HEADER_LIMIT_NBYTES):
-                raise CheckpointError(f"{file}: a header of {length} bytes does not fit in a file of {size} bytes")
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(size - 8, _HEADER_LIMIT_NBYTES):
+            raise CheckpointError(f"{file}: a header of {length} bytes does not fit in a file of {size} bytes")
 
-            text = stream.read(length)
-    except OSError as exc:
-        raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
+        text = stream.read(length)
 
     header = _parse_json(file, text)
     header.pop("__metadata__", None)
@@ -262,6 +262,10 @@ def _entry(file: Path, name: str, entry: object, *, base: int) -> StoredTensor:
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has data_offsets {offsets}, not a start and a stop")
 
+    # Also of an empty tensor: its strides are numbers as large as these.
+    if (math.prod(size for size in shape if size) * itemsize(_DTYPES[dtype])).bit_length() > 63:
+        raise CheckpointError(f"{where} has shape {shape}, larger than any tensor")
+
     nbytes = math.prod(shape) * itemsize(_DTYPES[dtype])
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(
@@ -275,6 +279,11 @@ def _entry(file: Path, name: str, entry: object, *, base: int) -> StoredTensor:
 def _sizes(where: str, key: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
         raise CheckpointError(f"{where} has {key} {value!r}, not a list of sizes")
+
+    bits = max((item.bit_length() for item in value), default=0)
+    if bits > 63 or len(value) > _MOST_DIMS:
+        numbers = f"{len(value)} numbers of up to {bits} bits"
+        raise CheckpointError(f"{where} has a {key} of {numbers}, more than a tensor has")
 
     return tuple(value)
 
@@ -335,12 +344,8 @@ def _stored(directory: Path) -> tuple[StoredTensor, ...]:
 
 
 def _read_json(file: Path) -> dict[str, object]:
-    try:
-        text = file.read_bytes()
-    except OSError as exc:
-        raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
-
-    return _parse_json(file, text)
+    with _opened(file) as stream:
+        return _parse_json(file, stream.read())
 
 
 def _parse_json(file: Path, text: bytes) -> dict[str, object]:
@@ -367,13 +372,38 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """
+    Open a file to read, if it is one: a pipe would never come to its end.
+
+    :raises CheckpointError: when it is none, has an impossible name, or cannot be read
+    """
+    try:
+        # Not blocking: to open a pipe waits for somebody to write to it.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise CheckpointError(f"{str(file)!r} is no name of a file: {exc}") from exc
+
+    try:
+        with open(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CheckpointError(f"{file}: not a regular file")
+
+            yield stream
+    except OSError as exc:
+        raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
+
+
 def _map(file: Path) -> mmap.mmap:
     """Map a file. A private, writable mapping, since torch warns of buffers it could not write to."""
-    try:
-        with file.open("rb") as stream:
+    with _opened(file) as stream:
+        try:
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{file}: cannot be mapped: {exc}") from exc
+        except (OSError, ValueError) as exc:
+            raise CheckpointError(f"{file}: cannot be mapped: {exc}") from exc
 
 
 def _slices(box: Box) -> list[slice]:

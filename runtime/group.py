@@ -96,7 +96,8 @@ class ParameterSyncGroup:
             rest has not changed: a whole replica takes on the version, one that was torn or new does not
         :param validate: look for NaN at the sources first, and compare every byte of every destination afterwards
         :param dry_run: plan, connect and send programs, but move nothing and commit nothing
-        :param progress: called with a receipt as each task finishes
+        :param progress: called with a receipt as each task finishes; with ``validate`` once more, with a
+            :class:`ValidationReceipt`, as each has been compared. A call that is served by another's sync hears nothing
         :raises SyncError: the class that fits, naming phase, task and actors. Replicas that were written to are torn
             then, until a later sync succeeds
         :raises LayoutError: when the layouts cannot be served; nothing was written

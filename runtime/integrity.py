@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import anyio
+
 from wavecast.runtime import errors
 from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.transfer.messages import Compare, Done, Excerpt, Finished, Probe, RunId
-from wavecast.scheduler import Task
+from wavecast.scheduler import Task, TaskReceipt
 
-__all__ = ("compare_checksums", "validate")
+__all__ = ("ValidationReceipt", "compare_checksums", "validate")
 
 
-async def validate(actors: RayActors, run: RunId, preparation: Preparation) -> None:
+@dataclass(frozen=True, slots=True)
+class ValidationReceipt(TaskReceipt):
+    """
+    One task whose bytes were compared at all its receivers.
+
+    Seconds count from the start of the validation, to when the comparison began and ended.
+    """
+
+
+async def validate(
+    actors: RayActors, run: RunId, preparation: Preparation, progress: Callable[[TaskReceipt], object] | None = None
+) -> None:
     """
     Compare, task by task, what receivers hold with what the sender holds, over Ray's object store.
 
+    :param progress: called with a :class:`ValidationReceipt` as each task has been compared
     :raises ValidationError: naming the first tensor that differs, and task and actors
     """
-    for wave in preparation.schedule.waves:
+    epoch = anyio.current_time()
+    for number, wave in enumerate(preparation.schedule.waves):
         for task in wave.tasks:
-            sender = task.senders[0]
+            sender, started = task.senders[0], anyio.current_time() - epoch
             excerpt = actors.start(sender, Probe(run, preparation.step_of[sender][task.id]))
             # The sender first: its failure should be told as its own. And a call that waits for its attachment has not
             # been delivered: to cancel it would leave a gap in its actor's calls, for which all later ones would wait.
@@ -37,14 +55,31 @@ async def validate(actors: RayActors, run: RunId, preparation: Preparation) -> N
                         task=task.id,
                     )
 
+            if progress is not None:
+                ended = anyio.current_time() - epoch
+                _call(progress, ValidationReceipt(task.id, number, task.nbytes, started, ended))
+
+
+def _call(progress: Callable[[TaskReceipt], object], receipt: TaskReceipt) -> None:
+    try:
+        progress(receipt)
+    except Exception as error:
+        raise errors.SyncError(f"the driver's own code failed beside task {receipt.task}: {error!r}") from error
+
 
 def compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:
     """
     Compare what each receiver found in its memory with what the sender sent, and what is passed on with what came.
 
     :raises ChecksumMismatch: naming task, tensor and actors
+    :raises ActorFailed: for an actor that has not summed up what its program says
     """
     step_of = preparation.step_of
+    for actor, program in enumerate(preparation.programs):
+        count = len(finished[actor].checksums) if actor in finished else 0
+        if count != len(program.steps):
+            raise errors.ActorFailed(f"the actor has {count} sums of its {len(program.steps)} steps", actors=(actor,))
+
     for wave in preparation.schedule.waves:
         for task in wave.tasks:
             sender = task.senders[0]

@@ -26,7 +26,7 @@ class Notices:
     """
     The slips of one transfer, and what was told by them. On the event loop's thread alone.
 
-    What arrives is read as numbers, whoever sent it; without the token of a call that is waited for it is dropped.
+    What arrives without the token of a call that is waited for is dropped; the rest is read as numbers.
     """
 
     def __init__(self, inlet: socket.socket) -> None:
@@ -44,13 +44,17 @@ class Notices:
         """Take what has arrived."""
         for _ in range(_AT_ONCE):
             try:
-                notice = read_notice(self._inlet.recv(MOST_NBYTES + 1))
+                notice = self._inlet.recv(MOST_NBYTES + 1)
             except BlockingIOError:
                 return
 
-            told = self._expected.pop(notice[0], None) if notice is not None else None
-            if notice is not None and told is not None and not told.done():
-                told.set_result(notice[1])
+            # Before anything else is looked at: to read what strangers send costs as much as they like.
+            token = notice[:TOKEN_NBYTES]
+            found = read_notice(notice) if token in self._expected else None
+            if found is not None:
+                told = self._expected.pop(token)
+                if not told.done():
+                    told.set_result(found)
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ class SyncRun:
             compare_checksums(self._finished, preparation)
 
         if self.request.validate:
-            await validate(self._actors, self._name, preparation)
+            await validate(self._actors, self._name, preparation, self.request.progress)
 
     async def _commit_everywhere(self, moved: _Moved) -> HookSeconds:
         if self._options.release_communicators and self._connection.transport:

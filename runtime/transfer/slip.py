@@ -57,15 +57,15 @@ def _write(token: bytes, reply: StepDone) -> bytes:
     return head + b"".join(value.to_bytes(_SUM_NBYTES, "little", signed=True) for value in sums)
 
 
-def read_notice(notice: bytes) -> tuple[bytes, StepDone] | None:
-    """Return the token and what was told, or nothing where the bytes are no notice."""
+def read_notice(notice: bytes) -> StepDone | None:
+    """Return what was told, behind the token, or nothing where the bytes are no notice."""
     if len(notice) < _HEAD.size:
         return None
 
-    token, closed, has_finished, staging_nbytes, seconds, count = _HEAD.unpack_from(notice)
+    _, closed, has_finished, staging_nbytes, seconds, count = _HEAD.unpack_from(notice)
     if count < 0 or len(notice) != _HEAD.size + count * _SUM_NBYTES:
         return None
 
     places = range(_HEAD.size, len(notice), _SUM_NBYTES)
     sums = tuple(int.from_bytes(notice[place : place + _SUM_NBYTES], "little", signed=True) for place in places)
-    return token, StepDone(Finished(sums, staging_nbytes, seconds) if has_finished else None, closed)
+    return StepDone(Finished(sums, staging_nbytes, seconds) if has_finished else None, closed)

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from tests.runtime.local_actors import ELEMENTS, LocalActor, Stage, holder, local
-from wavecast.runtime import ModelGroup, ParameterSyncGroup, SyncError, SyncOptions, Torn, ValidationError
+from wavecast.runtime import (
+    ModelGroup,
+    ParameterSyncGroup,
+    SyncError,
+    SyncOptions,
+    Torn,
+    ValidationError,
+    ValidationReceipt,
+)
 from wavecast.runtime.transfer.messages import Begin, Commit, Request, RunStep
+from wavecast.scheduler import TaskReceipt
 
 __all__ = ("local",)
 
@@ -72,6 +81,35 @@ async def test_where_validated_a_source_with_nan_is_refused_and_nothing_is_writt
         stage.fill(2.0)
         await group.sync(2, validate=True)
         assert stage.values(0) == stage.values(1) == {2.0}
+
+
+async def test_what_was_compared_is_told_task_by_task() -> None:
+    stage = Stage()
+    told: list[TaskReceipt] = []
+    async with group_of(stage) as group:
+        await group.sync(1, progress=told.append)
+        assert not any(isinstance(receipt, ValidationReceipt) for receipt in told)
+        moved = {receipt.task: (receipt.wave, receipt.nbytes) for receipt in told}
+        told.clear()
+        report = await group.sync(2, validate=True, progress=told.append)
+        compared = [receipt for receipt in told if isinstance(receipt, ValidationReceipt)]
+        assert {receipt.task: (receipt.wave, receipt.nbytes) for receipt in compared} == moved
+        # All of them come after all that was moved, one after the other.
+        assert told[-len(compared) :] == compared
+        assert len(told) == 2 * len(moved)
+        times = [moment for receipt in compared for moment in (receipt.started, receipt.finished)]
+        assert times == sorted(times)
+        assert 0 <= times[0] <= times[-1] <= report.seconds.verify
+
+        def refuse(receipt: TaskReceipt) -> None:
+            if isinstance(receipt, ValidationReceipt):
+                raise ValueError("the user's own")
+
+        with pytest.raises(SyncError, match=r"the driver's own code failed beside task .*the user's own") as caught:
+            await group.sync(3, validate=True, progress=refuse)
+
+        assert caught.value.phase == "verify"
+        await group.sync(3, validate=True)
 
 
 async def test_where_validated_what_a_destination_held_before_may_be_nan() -> None:

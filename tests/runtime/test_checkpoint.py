@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 
 import pytest
@@ -265,6 +266,23 @@ def test_an_index_that_misleads_is_refused(tmp_path, change, message):
         Checkpoint.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_an_index_with_an_impossible_name_is_refused(tmp_path, name):
+    write_config(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(CheckpointError, match="is no name of a file"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    open_single(tmp_path, HONEST).close()
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
+        Checkpoint.open(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}'])
 def test_an_index_without_a_map_is_refused(tmp_path, text):
     write_config(tmp_path)
@@ -292,6 +310,11 @@ def test_an_index_without_a_map_is_refused(tmp_path, text):
         (raw({"w": entry(shape=(4.0,))}, b"0000"), r"tensor 'w' has shape \[4.0\], not a list of sizes"),
         (raw({"w": entry(shape=(True, 4))}, b"0000"), r"tensor 'w' has shape \[True, 4\], not a list"),
         (raw({"w": {"dtype": "U8", "shape": [4]}}, b"0000"), "tensor 'w' has data_offsets None"),
+        (raw({"w": entry(shape=(10**4000, 10**4000))}), "tensor 'w' has a shape of 2 numbers of up to 13288 bits"),
+        (raw({"w": entry(shape=(0, 2**63), offsets=(0, 0))}), "a shape of 2 numbers of up to 64 bits, more than"),
+        (raw({"w": entry(shape=(1,) * 65, offsets=(0, 1))}, b"0"), "a shape of 65 numbers of up to 1 bits, more than"),
+        (raw({"w": entry(offsets=(0, 10**30))}), "tensor 'w' has a data_offsets of 2 numbers of up to 100 bits"),
+        (raw({"w": entry(shape=(0, 2**62, 8), offsets=(0, 0))}), r"\(0, 4611\d+, 8\), larger than any tensor"),
         (
             raw({"w": entry(offsets=(0, 2, 4))}, b"0000"),
             r"tensor 'w' has data_offsets \(0, 2, 4\), not a start and a stop",

@@ -40,6 +40,20 @@ def test_equal_sums_pass() -> None:
     compare_checksums(sums(ready), ready)
 
 
+def test_an_actor_without_its_sums_is_named() -> None:
+    ready = relay()
+    found = sums(ready)
+    count = len(found[1].checksums)
+    found[1] = Finished((), 0)
+    with pytest.raises(errors.ActorFailed, match=f"the actor has 0 sums of its {count} steps") as caught:
+        compare_checksums(found, ready)
+
+    assert caught.value.actors == (1,)
+    del found[1]
+    with pytest.raises(errors.ActorFailed, match=f"the actor has 0 sums of its {count} steps"):
+        compare_checksums(found, ready)
+
+
 def test_what_a_hop_wrote_wrongly_is_told_with_both_ends() -> None:
     ready = relay()
     hop = next(task for task in ready.schedule.tasks if task.senders == (0,))
