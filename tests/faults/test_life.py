@@ -21,8 +21,16 @@ from wavecast.runtime import ActorDied, GroupClosed, ParameterSyncGroup, SyncErr
 T = TypeVar("T")
 
 _SECONDS = 30.0
-#: Those that end by themselves: no example waits for a deadline.
-_QUICK = ("kill", "memory", "bit", "cancel")
+
+
+def _bare(cell: Cell) -> Cell:
+    return replace(cell, error="", versions=())
+
+
+def _places(*faults: str) -> list[Cell]:
+    """Return where a fault ends a sync, whatever the staging."""
+    found = [_bare(cell) for cell in CELLS if cell.error and cell.fault in faults]
+    return list(dict.fromkeys(replace(cell, staging=STAGINGS[0]) for cell in found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +119,23 @@ class Life(RuleBasedStateMachine):
         self.take_on(version + 1, value)
 
     @precondition(lambda self: self.dead is None)
-    @rule(place=st.sampled_from([cell for cell in CELLS if cell.error and cell.fault in _QUICK]))
+    @rule(place=st.sampled_from(_places("memory", "bit", "cancel")))
     def fail(self, place: Cell) -> None:
-        cell = next(
-            cell for cell in CELLS if replace(place, staging=self.staging, error="", versions=()) == _bare(cell)
-        )
+        self.strike(place)
+
+    @precondition(lambda self: self.dead is None)
+    @rule(place=st.sampled_from(_places("kill")))
+    def kill(self, place: Cell) -> None:
+        self.strike(place)
+
+    @precondition(lambda self: self.dead is None)
+    @rule(place=st.sampled_from([place for place in _places("kill", "cancel") if place.phase == "commit"]))
+    def fail_in_the_commit(self, place: Cell) -> None:
+        self.strike(place)
+
+    def strike(self, place: Cell) -> None:
+        """Let a sync fail as the cell of this group's staging says that has this place."""
+        cell = next(cell for cell in CELLS if replace(place, staging=self.staging) == _bare(cell))
         struck, version, value = self.sides.struck(cell.side), self.coming, self.train()
         struck.injector.arm(Fault(cell.fault, cell.phase))
         assert self.do(self._failing(struck, cell)) == cell.error
@@ -216,13 +236,9 @@ class Life(RuleBasedStateMachine):
                 assert self.sides.values(index) == {whole.value}
 
 
-def _bare(cell: Cell) -> Cell:
-    return replace(cell, error="", versions=())
-
-
 Life.TestCase.settings = settings(
-    max_examples=80,
-    stateful_step_count=12,
+    max_examples=120,
+    stateful_step_count=14,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
