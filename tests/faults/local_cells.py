@@ -235,7 +235,8 @@ async def run_cell(cell: Cell) -> Outcome:
             index
             for index, version in versions.items()
             if text_of(version, 1) in held
-            and not struck.dead
+            # What a dead engine holds is nobody's any more.
+            and not (struck.dead and struck in sides.replicas[index])
             # There the live weights are the user's own new tensor.
             and cell.fault not in ("shape", "dtype")
             and sides.values(index) != held[text_of(version, 1)]
