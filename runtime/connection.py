@@ -5,10 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 
-import anyio.to_thread
-
-from wavecast.runtime.cluster import RayActors, await_all
-from wavecast.runtime.collector import collect_what_is_due
+from wavecast.runtime.cluster import RayActors
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.transfer.messages import (
     Attach,
@@ -85,11 +82,7 @@ class Connection:
             self._digest = preparation.digest
             self._attached = frozenset()
 
-            # The actors are busy with themselves meanwhile.
-            await await_all([self._attach(preparation, addresses, run), _collect()])
-        else:
-            await self._attach(preparation, addresses, run)
-
+        await self._attach(preparation, addresses, run)
         return not fits
 
     def _carries(self, preparation: Preparation) -> bool:
@@ -156,7 +149,3 @@ class Connection:
         self._groups = frozenset(preparation.groups)
         self._edges = frozenset(preparation.edges)
         self.transport = transport
-
-
-async def _collect() -> None:
-    await anyio.to_thread.run_sync(collect_what_is_due, abandon_on_cancel=True)

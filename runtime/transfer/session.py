@@ -11,7 +11,7 @@ from concurrent.futures import Future, wait
 import torch
 
 from wavecast.runtime import errors
-from wavecast.runtime.collector import collect_what_is_due, collector_paused
+from wavecast.runtime.collector import collector_paused
 from wavecast.runtime.transfer.agreement import Ending, agree
 from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Board
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence
@@ -299,16 +299,12 @@ class Session:
         with collector_paused():
             puller.prepare_receives(program)
 
-        self.lane.submit(collect_what_is_due)
-
     def _prepare_sends(self, run: Run, memory: Memory) -> None:
         run.check()
         puller = self._pulling(memory)
         puller.begin(memory, run.ready)
         with collector_paused():
             puller.prepare_sends(self._loaded())
-
-        collect_what_is_due()
 
     def buckets_of(self, step: int) -> tuple[Bucket, ...]:
         """Return how the bytes of a step travel."""

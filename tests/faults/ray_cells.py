@@ -56,11 +56,15 @@ class FaultyPoolActor(PoolActor):
             injector=self._injector,
         )
 
-    def arm(self, fault: Fault | None, sends: bool) -> None:
+    def arm(self, fault: Fault | None, sends: bool) -> bool:
+        """Return whether the fault before has happened."""
+        hit = self._injector.hit
         self._injector.sends = sends
         self._injector.arm(fault)
         if fault is not None:
             self._data = [(view, view.data) for _, view in self._held]
+
+        return hit
 
     def restore(self) -> None:
         """Give every tensor the storage, shape and dtype that it had."""
@@ -196,7 +200,7 @@ async def mend(
     pool: Pool,
     kind: type = FaultyPoolActor,
 ) -> None:
-    """Undo what the fault did, so that the next sync may go well."""
+    """Make sure that the fault has happened, and undo it, so that the next sync may go well."""
     if cell.fault == "kill":
         pool.discard(struck)
         (fresh,) = pool.take([layout], kind)
@@ -209,6 +213,7 @@ async def mend(
     if cell.fault == "stop":
         os.kill(process, signal.SIGCONT)
 
-    await struck.arm.remote(None, False)  # type: ignore[attr-defined]
+    hit = await struck.arm.remote(None, False)  # type: ignore[attr-defined]
+    assert hit or cell.fault == "cancel" or not cell.error, f"{cell} never happened"
     if cell.fault in ("shape", "dtype"):
         await struck.restore.remote()  # type: ignore[attr-defined]

@@ -26,7 +26,6 @@ import torch
 from tests.runtime.local_actors import ELEMENTS, Answer, Holder, LocalActor, Stage, StorelessSession, holder
 from tests.runtime.transfer.crew import ThreadHost, Wires
 from tests.runtime.transfer.host_device import UNITS_PER_TILE, Exporter, allocation_of, walk
-from wavecast.runtime import collector
 from wavecast.runtime.errors import TransportUnavailable
 from wavecast.runtime.layout.shard import Shard
 from wavecast.runtime.transfer import agent, board, fused, pull, run, session, shadow, staging, tables
@@ -333,9 +332,6 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setitem(
         sys.modules, "wavecast.runtime.transfer.kernels", cast("Any", SimpleNamespace(UNITS_PER_TILE=UNITS_PER_TILE))
     )
-    # One process is all actors here, and has all of the tests' objects: to go through them takes longer than the grace
-    # that a run has which is given up.
-    monkeypatch.setattr(collector, "_MANY", 1 << 62)
     for module in (agent, board, fused, pull, run, session, shadow, staging):
         monkeypatch.setattr(module, "torch", GpuTorch(machine))
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from wavecast.runtime import collector
-from wavecast.runtime.collector import collect_what_is_due, collector_paused
+from wavecast.runtime.collector import collector_paused
 
 
 @pytest.fixture(autouse=True)
@@ -64,32 +63,3 @@ def test_a_collector_that_was_off_stays_off() -> None:
         assert not gc.isenabled()
 
     assert not gc.isenabled()
-
-
-def test_what_was_put_off_is_done_once_and_only_after_much_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    gc.enable()
-    monkeypatch.setattr(collector, "_MANY", 5000)
-    monkeypatch.setattr(collector, "_made", 0)
-    kept: list[list[int]] = []
-
-    def make() -> None:
-        with collector_paused():
-            kept.extend([number] for number in range(3000))
-
-    make()
-    assert not collect_what_is_due()
-    make()
-    before = gc.get_stats()[2]["collections"]
-    assert collect_what_is_due()
-    assert gc.get_stats()[2]["collections"] == before + 1
-    assert not collect_what_is_due()
-    make()
-    assert not collect_what_is_due()
-
-
-def test_a_collector_that_is_off_is_not_called_upon(monkeypatch: pytest.MonkeyPatch) -> None:
-    gc.disable()
-    monkeypatch.setattr(collector, "_made", 1 << 30)
-    before = gc.get_stats()[2]["collections"]
-    assert not collect_what_is_due()
-    assert gc.get_stats()[2]["collections"] == before

@@ -177,7 +177,8 @@ async def test_where_no_socket_can_be_had_nothing_is_told(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("local")
 async def test_a_sync_returns_on_what_is_told_although_no_step_is_answered() -> None:
     stage = Stage()
-    async with group_of(stage) as group:
+    # A step at a time: the system's queue has room for ten.
+    async with group_of(stage, in_flight=1, lookahead=0) as group:
         gates = [hold_answers(actor) for actor in stage.actors]
         assert (await group.sync(1)).version == 1
         assert stage.values(0) == stage.values(1) == {1.0}
