@@ -68,7 +68,7 @@ def choose_carriers(
     :param wanted: ``"auto"``: neighbours on one node pull, the rest goes over NCCL where every actor has a GPU of its
         own, else through shared memory of the GPUs on one node, else over gloo. ``"nccl"``, ``"gloo"``: that alone.
         ``"ipc"``: pulls alone
-    :param refused: pairs of which the receiver could not map the sender's memory
+    :param refused: pairs of which the sender's memory could not be shared, or not be mapped by the receiver
     :raises TransportUnavailable: when what was asked for cannot serve these actors
     """
     places = [ability.place for ability in abilities]
@@ -240,7 +240,7 @@ def _find_pulls(
                 continue
 
             if (sender, receiver) in refused:
-                reasons.append(f"actor {receiver} could not map the memory of actor {sender}")
+                reasons.append(f"actor {receiver} cannot read the memory of actor {sender}")
             else:
                 pulls.add((sender, receiver))
 

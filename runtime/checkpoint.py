@@ -387,11 +387,12 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
     except ValueError as exc:
         raise CheckpointError(f"{str(file)!r} is no name of a file: {exc}") from exc
 
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{file}: not a regular file")
+
     try:
         with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise CheckpointError(f"{file}: not a regular file")
-
             yield stream
     except OSError as exc:
         raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc

@@ -136,9 +136,14 @@ class RayActors:
         :param attachments: other actors' answers, which Ray hands over without a stop here; all of them must be there
             already, or the call could not be cancelled
         :param notices: what the actor tells by them is as good as its answer, and sooner there
+        :raises SyncError: when Ray takes no more calls for the actor
         """
         slip, told = (None, None) if notices is None else notices.issue()
-        ref = self._methods[actor].remote(encode((request, RayHost(slip))), *attachments)
+        try:
+            ref = self._methods[actor].remote(encode((request, RayHost(slip))), *attachments)
+        except RayError as error:
+            raise _from_ray(error, actor) from error
+
         self._running[ref] = _Call(actor, anyio.current_time(), told)
         return ref
 

@@ -38,7 +38,7 @@ class Known:
     :ivar naming: the last layouts under logical names, with what they were made of
     :ivar prepared: the last preparation, with what it was made for
     :ivar digests: by actor: of the layouts it was made for
-    :ivar refused: pairs of sender and receiver of which the receiver could not map the sender's memory
+    :ivar refused: pairs of sender and receiver of which the sender's memory could not be shared or mapped
     :ivar paused: some actor has a hook to run before anything moves
     :ivar hooked: some actor has a hook
     """

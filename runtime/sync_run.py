@@ -199,7 +199,9 @@ class SyncRun:
         failures: list[errors.SyncError] = []
         moving = anyio.CancelScope()
 
-        # The begins leave first, and at once: an actor takes its calls in the order in which they were sent.
+        # The begins leave first, and at once: an actor takes its calls in the order in which they were sent. The first
+        # steps go with them, whatever becomes of the next begin.
+        self.touched.update(actor for actor, start in enumerate(starts) if start.ahead and actor >= self._known.sources)
         asked = ask_to_begin(self._known, self._name, self.version, self.request, starts)
 
         async def hear_all() -> None:

@@ -11,7 +11,7 @@ from wavecast.runtime.layout.dtypes import itemsize
 from wavecast.runtime.transfer.board import Board
 from wavecast.runtime.transfer.copying import window_of
 from wavecast.runtime.transfer.cuda_memory import read_async
-from wavecast.runtime.transfer.memory import Memory, dtype_of, strided
+from wavecast.runtime.transfer.memory import Memory, Watch, dtype_of, strided
 from wavecast.runtime.transfer.program import Bucket, Placed
 from wavecast.runtime.transfer.segments import Segment, Strided, join_segments, pair_segments
 from wavecast.runtime.transfer.tables import (
@@ -70,8 +70,12 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Packing:
-    """:ivar worked: cuts that need more than a copy: a cast, or to be worked out"""
+    """
+    :ivar watch: the tensors that are read, by their addresses
+    :ivar worked: cuts that need more than a copy: a cast, or to be worked out
+    """
 
+    watch: Watch
     copies: tuple[Table, ...]
     worked: tuple[Placed, ...]
     worked_sums: tuple[Table, ...]
@@ -79,8 +83,9 @@ class _Packing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Unpacking:
-    """:ivar more: copies to further views of cuts that are held in several"""
+    """:ivar watch: the tensors that are written, by their addresses; ``more``: copies to further views of a cut"""
 
+    watch: Watch
     copies: tuple[Table, ...]
     more: tuple[Table, ...]
 
@@ -98,7 +103,9 @@ class FusedCopier:
     """
     A :class:`~wavecast.runtime.transfer.copying.Copier` on CUDA whose launches do not grow in number with the tensors.
 
-    A sender sums up what it reads from its weights, a receiver what it finds in its own after writing.
+    A sender sums up what it reads from its weights, a receiver what it finds in its own after writing. Where
+    tensors lie is kept from run to run: those of a bucket are looked at before it is packed or unpacked, and one that
+    is not what or where it was is a :class:`~wavecast.runtime.errors.LayoutError`.
 
     :param tally: takes the sums; ``None``: none are wanted
     :param last: the run's last step, and where its last bucket begins: nothing travels while that is unpacked, nor
@@ -116,6 +123,7 @@ class FusedCopier:
         if plan is None:
             plan = self._tables.packing[step, bucket.first] = self._plan_packing(bucket)
 
+        plan.watch.require_still()
         base = window.data_ptr()
         alone = (step, bucket.first) == (0, 0)
         for item in plan.worked:
@@ -141,6 +149,7 @@ class FusedCopier:
             plan = self._tables.unpacking[step, bucket.first] = self._plan_unpacking(bucket)
 
         check()
+        plan.watch.require_still()
         base = window.data_ptr()
         alone = (step, bucket.first) == self._last
         for table in (*plan.more, *plan.copies):
@@ -170,7 +179,10 @@ class FusedCopier:
 
         device = self._memory.device
         return _Packing(
-            build_tables(join_segments(segments), device), tuple(worked), build_tables(join_segments(summed), device)
+            self._watch(bucket),
+            build_tables(join_segments(segments), device),
+            tuple(worked),
+            build_tables(join_segments(summed), device),
         )
 
     def _plan_unpacking(self, bucket: Bucket) -> _Unpacking:
@@ -185,7 +197,14 @@ class FusedCopier:
                 others.extend(pair_segments(cut.extent, itemsize(cut.dtype), place, strided(view), wire=wire))
 
         device = self._memory.device
-        return _Unpacking(build_tables(join_segments(segments), device), build_tables(join_segments(others), device))
+        return _Unpacking(
+            self._watch(bucket),
+            build_tables(join_segments(segments), device),
+            build_tables(join_segments(others), device),
+        )
+
+    def _watch(self, bucket: Bucket) -> Watch:
+        return self._memory.watch(item.cut for item in bucket.items)
 
 
 def _packed(item: Placed) -> Strided:

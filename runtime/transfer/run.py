@@ -24,7 +24,6 @@ class Run:
     :ivar peers: the actors that must have found their weights in place for the run to close by itself
     :ivar lends: its memory is where peers that pull from it believe it to be
     :ivar opened: its first step has been queued
-    :ivar looked: all of its tensors were looked at while its bytes travelled
     :ivar queued: how many of its steps have been
     :ivar end: after all that was queued for it on the device, where that is known beforehand
     :ivar close: ends the run on this actor; ``None`` when the driver does
@@ -37,7 +36,6 @@ class Run:
         self.memory = memory
         self.next_step = 0
         self.queued = 0
-        self.looked = False
         self.end: torch.cuda.Event | None = None
         self.waiting: dict[int, tuple[RunStep, Future[Reply]]] = {}
         self.peers: tuple[int, ...] = ()

@@ -399,17 +399,10 @@ class Session:
         program = self._loaded()
         steps = [program.steps[request.step] for request in requests]
         if not all(step.pull for step in steps):
-            fences = [self._step(run, request) for request in requests]
-            if len(requests) == len(program.steps):
-                with self._on_host(run):
-                    # While bytes travel; in the end the addresses will do.
-                    run.memory.require_still()
-                    run.looked = True
-
-            return fences
+            return [self._step(run, request) for request in requests]
 
         # Part by part in turns: all links are busy at once, and those first that are not on this GPU.
-        fences = [[] for _ in requests]
+        fences: list[list[Fence]] = [[] for _ in requests]
         turns = [(fences[number], self._queue(run, request)) for number, request in enumerate(requests)]
         turns = [turns[number] for number in sorted(range(len(steps)), key=lambda number: steps[number].near)]
         with self._on_host(run):
@@ -571,10 +564,6 @@ class Session:
                 if last and number == max(len(fences) - _LAST_PARTS, 0):
                     self._listen(run)
 
-                if last and run.looked and number + 1 == len(fences):
-                    # As it was, a moment before the last bytes are there: nobody waits for this.
-                    run.memory.require_in_place()
-
                 fence.wait(deadline)
 
             if not last:
@@ -601,8 +590,7 @@ class Session:
         program, staging, puller = self._loaded(), self._staging, self._puller
         started = time.thread_time()
         if not all(step.pull for step in program.steps):
-            if not run.looked:
-                run.memory.require_still()
+            run.memory.require_still()
         elif any(step.sender == run.actor for step in program.steps):
             # Looked at as a whole before it was lent; what was received was looked at as it arrived.
             run.memory.require_in_place()

@@ -667,7 +667,7 @@ async def test_a_receiver_that_cannot_map_a_sender_gets_its_bytes_over_the_commu
             assert report.transport == "ipc+nccl"
             # The scale goes to both engines, and one of them cannot pull it.
             assert report.pulled_nbytes == 2 * ELEMENTS * 4
-            assert "actor 3 could not map the memory of actor 1" in report.transport_reasons
+            assert "actor 3 cannot read the memory of actor 1" in report.transport_reasons
             assert report.planned is report.connected is (number == 0)
             assert not stage.ran_ahead()
 

@@ -105,7 +105,7 @@ def test_what_was_asked_for_by_name_and_cannot_be_is_refused(
 
 
 def test_a_refused_pair_is_served_another_way_and_said() -> None:
-    reason = "actor 2 could not map the memory of actor 0"
+    reason = "actor 2 cannot read the memory of actor 0"
     chosen = choose_carriers("auto", ONE_NODE, refused=[(0, 2)])
     assert chosen == Carriers("nccl", ALL - {(0, 2)}, True, (reason,))
     # NCCL cannot help two that share a GPU.

@@ -275,12 +275,20 @@ def test_an_index_with_an_impossible_name_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+def test_a_pipe_and_a_directory_are_refused_and_nothing_is_waited_for_or_left_open(tmp_path, name):
     open_single(tmp_path, HONEST).close()
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
     with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
         Checkpoint.open(tmp_path)
+
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
+        Checkpoint.open(tmp_path)
+
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}'])
