@@ -13,7 +13,7 @@ from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.transfer.messages import Compare, Done, Excerpt, Finished, Probe, RunId
 from wavecast.scheduler import Task, TaskReceipt
 
-__all__ = ("ValidationReceipt", "compare_checksums", "validate")
+__all__ = ("ValidationReceipt", "compare_checksums", "own_code_failed", "validate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,16 @@ async def validate(
                 _call(progress, ValidationReceipt(task.id, number, task.nbytes, started, ended))
 
 
+def own_code_failed(task: int, cause: BaseException | None) -> errors.SyncError:
+    """Return the error of a sync that something on the driver ended, a user's callable for one."""
+    return errors.SyncError(f"the driver's own code failed beside task {task}: {cause!r}")
+
+
 def _call(progress: Callable[[TaskReceipt], object], receipt: TaskReceipt) -> None:
     try:
         progress(receipt)
     except Exception as error:
-        raise errors.SyncError(f"the driver's own code failed beside task {receipt.task}: {error!r}") from error
+        raise own_code_failed(receipt.task, error) from error
 
 
 def compare_checksums(finished: dict[int, Finished], preparation: Preparation) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 
 import anyio
-import anyio.lowlevel
 
 from wavecast.runtime import errors
 from wavecast.runtime.cluster import Answer, await_all
 from wavecast.runtime.commit import CommitPhase
-from wavecast.runtime.integrity import compare_checksums, validate
+from wavecast.runtime.integrity import compare_checksums, own_code_failed, validate
 from wavecast.runtime.known import Known
 from wavecast.runtime.notices import Notices, listening
 from wavecast.runtime.opening import ask_to_begin, ask_versions, head_starts, hear_begins
@@ -494,4 +493,4 @@ def _from_task(failure: TaskFailed) -> errors.SyncError:
         cause.task = failure.task.id
         return cause
 
-    return errors.SyncError(f"the driver's own code failed beside task {failure.task.id}: {cause!r}")
+    return own_code_failed(failure.task.id, cause)

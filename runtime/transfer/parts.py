@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from wavecast.runtime.transfer.memory import Memory, Watch
-from wavecast.runtime.transfer.program import ALIGNMENT, Cut
+from wavecast.runtime.transfer.program import Cut, padded
 from wavecast.runtime.transfer.segments import Segment, split_segment
 
 __all__ = ("Lent", "fill_parts", "is_small", "lend", "on_wire", "touched_cuts")
@@ -88,4 +88,4 @@ def on_wire(cuts: Iterable[Cut]) -> Iterator[tuple[Cut, int]]:
     wire = 0
     for cut in cuts:
         yield cut, wire
-        wire += -(-cut.nbytes // ALIGNMENT) * ALIGNMENT
+        wire += padded(cut.nbytes)

@@ -24,6 +24,7 @@ __all__ = (
     "Bucket",
     "Placed",
     "compile_programs",
+    "padded",
     "pack_programs",
     "fill_buckets",
 )
@@ -220,7 +221,7 @@ def fill_buckets(cuts: Iterable[Cut], *, bucket_bytes: int) -> tuple[Bucket, ...
         raise ValueError(f"bucket_bytes is {bucket_bytes}, it must be at least {ALIGNMENT}")
 
     held = [cut for cut in cuts if cut.nbytes]
-    rooms = _rooms(sum(_padded(cut.nbytes) for cut in held), room)
+    rooms = _rooms(sum(padded(cut.nbytes) for cut in held), room)
     filling = _Filling(next(rooms))
     for cut in held:
         pending = [cut]
@@ -258,7 +259,7 @@ class _Filling:
 
     def add(self, cut: Cut) -> None:
         self.items.append(Placed(cut, self._used))
-        self._used += _padded(cut.nbytes)
+        self._used += padded(cut.nbytes)
 
     def close(self, room: int) -> None:
         """Begin another one of ``room`` bytes."""
@@ -275,7 +276,8 @@ def _cuts(routes: tuple[Route, ...]) -> tuple[Cut, ...]:
     return tuple(Cut(route.tensor, route.offset, route.extent, route.dtype) for route in routes)
 
 
-def _padded(nbytes: int) -> int:
+def padded(nbytes: int) -> int:
+    """Return the bytes that so many take on the wire, up to where the next cut may start."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -285,7 +287,7 @@ def _rooms(total: int, room: int) -> Iterator[int]:
     if total > _MANY * room and ends >= _LEAST_PIECE_NBYTES:
         yield ends
         between = -(-(total - 2 * ends) // room)
-        yield from itertools.repeat(_padded(-(-(total - 2 * ends) // between)), between)
+        yield from itertools.repeat(padded(-(-(total - 2 * ends) // between)), between)
 
     yield from itertools.repeat(room)
 
