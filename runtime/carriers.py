@@ -45,6 +45,8 @@ class Carriers:
     :ivar kernels: packing and summing up are done by fused kernels
     :ivar reasons: why the faster ways were not taken, for the report
     :ivar unused: pairs as in ``pulls`` that are not to be used for weights
+    :ivar owners: where NCCL moves and actors share GPUs: for each actor the one through which its GPU's bytes go; else
+        empty
     """
 
     moved: str
@@ -52,6 +54,7 @@ class Carriers:
     kernels: bool = False
     reasons: tuple[str, ...] = ()
     unused: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    owners: tuple[int, ...] = ()
 
     @property
     def boards(self) -> frozenset[tuple[int, int]]:
@@ -60,15 +63,20 @@ class Carriers:
 
 
 def choose_carriers(
-    wanted: str, abilities: Sequence[Ability], *, refused: Collection[tuple[int, int]] = ()
+    wanted: str,
+    abilities: Sequence[Ability],
+    *,
+    refused: Collection[tuple[int, int]] = (),
+    sending: Collection[int] | None = None,
 ) -> Carriers:
     """
     Return the ways open to actors of these ``abilities``.
 
     :param wanted: ``"auto"``: neighbours on one node pull, the rest goes over NCCL where every actor has a GPU of its
-        own, else through shared memory of the GPUs on one node, else over gloo. ``"nccl"``, ``"gloo"``: that alone.
-        ``"ipc"``: pulls alone
+        own, else through shared memory of the GPUs on one node, else over NCCL by way of one actor a GPU, else over
+        gloo. ``"nccl"``, ``"gloo"``: that alone. ``"ipc"``: pulls alone
     :param refused: pairs of which the sender's memory could not be shared, or not be mapped by the receiver
+    :param sending: actors that may send; ``None``: any
     :raises TransportUnavailable: when what was asked for cannot serve these actors
     """
     places = [ability.place for ability in abilities]
@@ -114,6 +122,12 @@ def choose_carriers(
     everyone = len(pulls) == len(places) * (len(places) - 1)
     if one_node and everyone:
         return Carriers("ipc", pulls, kernels, reasons)
+
+    owners = _find_owners(places, pulls, range(len(places)) if sending is None else sending)
+    if owners:
+        client = next(actor for actor, owner in enumerate(owners) if owner != actor)
+        through = f"actors {shared[0]} and {shared[1]} share a GPU: NCCL serves {client} through {owners[client]}"
+        return Carriers("nccl", pulls, kernels, (*reasons, through), owners=owners)
 
     return Carriers("gloo", reasons=(*reasons, f"actors {shared[0]} and {shared[1]} share a GPU, which NCCL refuses"))
 
@@ -255,3 +269,29 @@ def _shared_device(places: Sequence[Place]) -> tuple[int, ...]:
             return first[place], actor
 
     return ()
+
+
+def _find_owners(
+    places: Sequence[Place], pulls: Collection[tuple[int, int]], sending: Collection[int]
+) -> tuple[int, ...]:
+    """
+    Return for each actor the one through which its GPU's bytes can go, or nothing where a GPU has none such.
+
+    It is the first one whose memory all others on the GPU can read, and that can read that of those that send:
+    a trainer, where there is one, which has most to send.
+    """
+    together: dict[Place, list[int]] = {}
+    for actor, place in enumerate(places):
+        together.setdefault(place, []).append(actor)
+
+    found: dict[Place, int] = {}
+    for place, actors in together.items():
+        for owner in actors:
+            others = [actor for actor in actors if actor != owner]
+            if all((owner, each) in pulls and (each not in sending or (each, owner) in pulls) for each in others):
+                found[place] = owner
+                break
+        else:
+            return ()
+
+    return tuple(found[place] for place in places)

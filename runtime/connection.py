@@ -37,6 +37,7 @@ class Connection:
         self._actors = actors
         self._groups: frozenset[tuple[int, ...]] = frozenset()
         self._edges: frozenset[tuple[int, int]] = frozenset()
+        self._owners: tuple[int, ...] = ()
         self._digest = ""
         self._addresses: dict[int, int] = {}
         self._attached: frozenset[tuple[int, int]] = frozenset()
@@ -89,6 +90,7 @@ class Connection:
         """Tell whether there are communicators for all that is moved."""
         return not (preparation.groups or preparation.edges) or (
             self.transport == preparation.carriers.moved
+            and self._owners == preparation.carriers.owners
             and self._groups.issuperset(preparation.groups)
             and self._edges.issuperset(preparation.edges)
         )
@@ -141,6 +143,7 @@ class Connection:
                 edges=preparation.edges,
                 seconds=seconds,
                 secret=secret,
+                owners=preparation.carriers.owners,
             )
             for actor in range(len(self._actors))
         }
@@ -148,4 +151,5 @@ class Connection:
         self.communicator_bytes = max(reply.communicator_bytes for reply in replies.values())
         self._groups = frozenset(preparation.groups)
         self._edges = frozenset(preparation.edges)
+        self._owners = preparation.carriers.owners
         self.transport = transport

@@ -9,6 +9,7 @@ import anyio
 
 from wavecast.runtime import errors
 from wavecast.runtime.cluster import RayActors
+from wavecast.runtime.plan.tasks import task_ends
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.transfer.messages import Compare, Done, Excerpt, Finished, Probe, RunId
 from wavecast.scheduler import Task, TaskReceipt
@@ -37,17 +38,17 @@ async def validate(
     epoch = anyio.current_time()
     for number, wave in enumerate(preparation.schedule.waves):
         for task in wave.tasks:
-            sender, started = task.senders[0], anyio.current_time() - epoch
+            (sender, receivers), started = task_ends(task), anyio.current_time() - epoch
             excerpt = actors.start(sender, Probe(run, preparation.step_of[sender][task.id]))
             # The sender first: its failure should be told as its own. And a call that waits for its attachment has not
             # been delivered: to cancel it would leave a gap in its actor's calls, for which all later ones would wait.
             await actors.answer(excerpt, Excerpt)
             refs = [
                 actors.start(receiver, Compare(run, preparation.step_of[receiver][task.id]), excerpt)
-                for receiver in task.receivers
+                for receiver in receivers
             ]
             replies = await actors.answers(refs, Done)
-            for receiver, reply in zip(task.receivers, replies, strict=True):
+            for receiver, reply in zip(receivers, replies, strict=True):
                 if reply.differing:
                     raise errors.ValidationError(
                         f"a destination differs from its source in {reply.differing[0]}",
@@ -87,10 +88,10 @@ def compare_checksums(finished: dict[int, Finished], preparation: Preparation) -
 
     for wave in preparation.schedule.waves:
         for task in wave.tasks:
-            sender = task.senders[0]
+            sender, receivers = task_ends(task)
             sent = finished[sender].checksums[step_of[sender][task.id]]
             _require_passed_on(task, sent, finished, preparation)
-            for receiver in task.receivers:
+            for receiver in receivers:
                 index = step_of[receiver][task.id]
                 found = finished[receiver].checksums[index]
                 if found != sent:

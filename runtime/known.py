@@ -73,7 +73,8 @@ class Known:
         """Return the ways open to the actors, as :func:`choose_carriers` finds them."""
         abilities = tuple(Ability(reply.place, reply.unshared, reply.kernels) for reply in began)
         if self._chosen is None or self._chosen[0] != (abilities, self.refused):
-            carriers = choose_carriers(self.options.transport, abilities, refused=self.refused)
+            sending = None if self.options.relays else range(self.sources)
+            carriers = choose_carriers(self.options.transport, abilities, refused=self.refused, sending=sending)
             self._chosen = ((abilities, self.refused), carriers)
 
         return self._chosen[1]

@@ -144,6 +144,11 @@ class SyncOptions:
         """Bytes that travel at once: half of the budget, aligned."""
         return self.budget_bytes // 2 // _ALIGNMENT * _ALIGNMENT
 
+    @property
+    def relays(self) -> bool:
+        """Whether engines may pass on what they received."""
+        return self.fan_out in ("chain", "tree") or (self.fan_out == "auto" and bool(self.link.branching))
+
 
 def _alias_sets(aliases: Collection[Collection[str]]) -> tuple[tuple[str, ...], ...]:
     wanted = "a collection of sets of two or more names, each name in one of them"

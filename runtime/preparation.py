@@ -18,7 +18,7 @@ from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.digest import plan_digest
 from wavecast.runtime.plan.pairs import SCALE
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
-from wavecast.runtime.plan.tasks import task_routes
+from wavecast.runtime.plan.tasks import task_ends, task_routes
 from wavecast.runtime.plan.timetable import make_timetable
 from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
 from wavecast.scheduler import Schedule
@@ -119,7 +119,7 @@ def prepare(
     _require_delivery(plan, replicas)
     sent = {route.tensor for route in plan.routes}
     resharded = time.perf_counter()
-    if options.fan_out in ("chain", "tree") or (options.fan_out == "auto" and options.link.branching):
+    if options.relays:
         # An engine sends on what it packs from where it was unpacked: a relay's hops are moved, not pulled.
         carriers = replace(carriers, pulls=frozenset())
 
@@ -135,13 +135,15 @@ def prepare(
         fan_out=options.fan_out,
         link=options.link,
         apart=pulled,
+        owners=carriers.owners,
     )
     driven = replace(schedule, ports="half")
     # What the run needs to know of it is worked out here, off the event loop.
     _ = driven.order
     # What an actor does with a task depends on these as well, and all must agree on it.
     in_order = [task for wave in schedule.waves for task in wave.tasks]
-    fetched = tuple(task for task in in_order if len(task.receivers) == 1 and pulled(task_routes(task)[0]))
+    ends = {task.id: task_ends(task) for task in in_order}
+    fetched = tuple(task for task in in_order if len(ends[task.id][1]) == 1 and pulled(task_routes(task)[0]))
     which = hashlib.sha256(repr([task.id for task in fetched]).encode()).hexdigest()[:16] if fetched else "none"
     way = f"{carriers.moved}-{which}{'-kernels' if carriers.kernels else ''}"
     digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}-{way}"
@@ -160,9 +162,10 @@ def prepare(
         renames=renames,
     )
     step_of = tuple({step.task: index for index, step in enumerate(program.steps)} for program in programs)
-    many = [tuple(sorted(task.members)) for task in in_order if len(task.receivers) > 1]
     ids = frozenset(task.id for task in fetched)
-    moved = [task for task in in_order if len(task.receivers) == 1 and task.id not in ids]
+    many = [tuple(sorted((sender, *receivers))) for sender, receivers in ends.values() if len(receivers) > 1]
+    single = [(id, sender, receivers[0]) for id, (sender, receivers) in ends.items() if len(receivers) == 1]
+    moved = [(sender, receiver) for id, sender, receiver in single if id not in ids]
     longest = max((len(program.steps) for program in programs), default=1)
     meetings = _meetings([tuple(task.members) for task in in_order if task.id not in ids], carriers)
     is_safe_ahead = bool(meetings) or not (moved or many)
@@ -170,7 +173,7 @@ def prepare(
     ahead = _count_ahead(driven, options.lookahead, in_flight, step_of)
     receivers = tuple(range(len(sources), len(programs)))
     agreeing = _agreeing(receivers, programs, ahead, carriers) if is_safe_ahead else ()
-    pulls = tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in fetched))
+    pulls = tuple(dict.fromkeys((sender, receiver) for id, sender, receiver in single if id in ids))
     return Preparation(
         plan=plan,
         schedule=schedule,
@@ -181,7 +184,7 @@ def prepare(
         step_of=step_of,
         groups=tuple(dict.fromkeys(many)),
         carriers=carriers,
-        edges=tuple(dict.fromkeys((task.senders[0], task.receivers[0]) for task in moved)),
+        edges=tuple(dict.fromkeys(moved)),
         pulls=pulls,
         in_flight=in_flight,
         ahead=ahead,
@@ -213,7 +216,8 @@ def _count_ahead(
 def _meetings(moves: Iterable[tuple[int, ...]], carriers: Carriers) -> tuple[tuple[int, int], ...]:
     """Return the pairs of members of ``moves``, if all may read each other's boards and what moves is a collective."""
     pairs = tuple(dict.fromkeys(pair for move in moves for pair in itertools.permutations(move, 2)))
-    return pairs if carriers.moved == "nccl" and carriers.boards.issuperset(pairs) else ()
+    met = carriers.moved == "nccl" and not carriers.owners and carriers.boards.issuperset(pairs)
+    return pairs if met else ()
 
 
 def _agreeing(

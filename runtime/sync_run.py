@@ -17,6 +17,7 @@ from wavecast.runtime.known import Known
 from wavecast.runtime.notices import Notices, listening
 from wavecast.runtime.opening import ask_to_begin, ask_versions, head_starts, hear_begins
 from wavecast.runtime.options import SyncOptions
+from wavecast.runtime.plan.tasks import task_ends
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.report import HookSeconds, SyncReport
 from wavecast.runtime.reporting import make_report
@@ -387,7 +388,7 @@ class SyncRun:
     async def _run_schedule(self, preparation: Preparation, notices: Notices | None) -> RunReport:
         # A plain function: calls must reach each actor in the order of the dispatches, however tasks are started.
         def dispatch(task: Task) -> Awaitable[list[StepDone]]:
-            self.touched.update(task.receivers)
+            self.touched.update(task_ends(task)[1])
             refs = [
                 self._actors.start(
                     member,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from wavecast.runtime.errors import ConfigError
@@ -12,7 +12,16 @@ from wavecast.runtime.plan.reshard import ReshardPlan
 from wavecast.runtime.plan.route import Route
 from wavecast.scheduler import FanOut, LinkCost, Task, fan_out
 
-__all__ = ("MAX_TASKS", "build_tasks", "spread_tasks", "task_routes", "relabel", "group_routes")
+__all__ = (
+    "MAX_TASKS",
+    "build_tasks",
+    "spread_tasks",
+    "task_ends",
+    "task_routes",
+    "through_owners",
+    "relabel",
+    "group_routes",
+)
 
 #: So many are scheduled in two seconds, and each costs its members a call.
 MAX_TASKS = 1 << 16
@@ -116,6 +125,42 @@ def task_routes(task: Task) -> tuple[Route, ...]:
         return payload
 
     raise TypeError(f"task {task.id} carries no routes")
+
+
+def task_ends(task: Task) -> tuple[int, tuple[int, ...]]:
+    """
+    Return whose memory a task is read from, and who it is written to: its other members are owners of ports.
+
+    :raises TypeError: when the task carries something else than routes
+    """
+    routes = task_routes(task)
+    return (routes[0].sender, routes[0].receivers) if routes else (task.senders[0], task.receivers)
+
+
+def through_owners(
+    tasks: Iterable[Task], owners: Sequence[int], *, apart: Callable[[Route], bool] | None = None
+) -> tuple[Task, ...]:
+    """
+    Return ``tasks`` with the owners of their ends' ports among their members, where actors share GPUs.
+
+    What goes from GPU to GPU takes the ports of both, so no two such tasks may share a wave.
+
+    :param owners: for each actor the one through which its GPU's bytes go; empty: each has a GPU of its own
+    :param apart: tells of routes that need no port but their receivers'
+    """
+    if not owners:
+        return tuple(tasks)
+
+    def widen(task: Task) -> Task:
+        sender, receivers = task_ends(task)
+        home, away = owners[sender], [owners[each] for each in receivers if owners[each] != owners[sender]]
+        if not away or (apart is not None and apart(task_routes(task)[0])):
+            return task
+
+        senders = tuple(dict.fromkeys((sender, home)))
+        return replace(task, senders=senders, receivers=tuple(dict.fromkeys((*receivers, *away))))
+
+    return tuple(map(widen, tasks))
 
 
 def relabel(task: Task) -> Task:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from wavecast.runtime.plan.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, start_nbytes
 from wavecast.runtime.plan.reshard import ReshardPlan
 from wavecast.runtime.plan.route import Route
-from wavecast.runtime.plan.tasks import build_tasks, spread_tasks
+from wavecast.runtime.plan.tasks import build_tasks, spread_tasks, through_owners
 from wavecast.scheduler import FanOut, LinkCost, Schedule, plan_waves, verify
 
 __all__ = ("make_timetable",)
@@ -27,6 +27,7 @@ def make_timetable(
     fan_out: FanOut = "auto",
     link: LinkCost | None = None,
     apart: Callable[[Route], bool] | None = None,
+    owners: Sequence[int] = (),
 ) -> Schedule:
     """
     Return a verified schedule of ``plan``'s routes.
@@ -36,11 +37,13 @@ def make_timetable(
     bytes, and the schedule of the least makespan is taken, each wave charged with the start of its tasks.
 
     :param apart: as of :func:`~wavecast.runtime.plan.tasks.build_tasks`; the other options as of ``SyncOptions``
+    :param owners: as of :func:`~wavecast.runtime.plan.tasks.through_owners`
     :raises ConfigError: when ``chunk_bytes`` cannot be
     """
 
     def try_out(size: int | None) -> Schedule:
-        tasks = spread_tasks(build_tasks(plan, chunk_bytes=size, apart=apart), method=fan_out, cost=link)
+        hops = spread_tasks(build_tasks(plan, chunk_bytes=size, apart=apart), method=fan_out, cost=link)
+        tasks = through_owners(hops, owners, apart=apart)
         schedule = plan_waves(tasks, strategy=strategy, ports=ports)
         verify(schedule, tasks)
         return schedule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter
 
 import torch
 
@@ -18,7 +18,9 @@ class FakeFabric:
     def __init__(self, size: int) -> None:
         self.size = size
         self._lock = threading.Condition()
-        self._mail: dict[tuple[int, int], deque[torch.Tensor]] = {}
+        self._mail: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._posted: Counter[tuple[int, int]] = Counter()
+        self._awaited: Counter[tuple[int, int]] = Counter()
         self._aborted = False
         self.log: list[tuple[int, int, int]] = []
 
@@ -34,19 +36,27 @@ class FakeFabric:
         with self._lock:
             self._check()
             for receiver in receivers:
-                self._mail.setdefault((sender, receiver), deque()).append(data.clone())
+                self._mail[sender, receiver, self._posted[sender, receiver]] = data.clone()
+                self._posted[sender, receiver] += 1
                 self.log.append((sender, receiver, data.numel()))
 
             self._lock.notify_all()
 
-    def take(self, sender: int, receiver: int, deadline: Deadline) -> torch.Tensor:
-        """Wait for the next message from ``sender`` to ``receiver``."""
+    def expect(self, sender: int, receiver: int) -> int:
+        """Return the number of the next message from ``sender`` to ``receiver``: it is theirs who asked first."""
+        with self._lock:
+            self._check()
+            self._awaited[sender, receiver] += 1
+            return self._awaited[sender, receiver] - 1
+
+    def take(self, sender: int, receiver: int, number: int, deadline: Deadline) -> torch.Tensor:
+        """Wait for a message from ``sender`` to ``receiver``."""
         with self._lock:
             while True:
                 self._check()
-                box = self._mail.get((sender, receiver))
-                if box:
-                    return box.popleft()
+                found = self._mail.pop((sender, receiver, number), None)
+                if found is not None:
+                    return found
 
                 if deadline.passed:
                     raise MoveTimeout(f"nothing came from actor {sender} to actor {receiver} before the deadline")
@@ -75,9 +85,10 @@ class _Expected:
         self._sender = sender
         self._receiver = receiver
         self._buffer = buffer
+        self._number = fabric.expect(sender, receiver)
 
     def finish(self, deadline: Deadline) -> None:
-        data = self._fabric.take(self._sender, self._receiver, deadline)
+        data = self._fabric.take(self._sender, self._receiver, self._number, deadline)
         if data.numel() != self._buffer.numel():
             self._fabric.abort()
             raise CommunicatorError(

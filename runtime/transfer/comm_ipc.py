@@ -32,7 +32,6 @@ class IpcCommunicator:
         self._store = rendezvous.store
         self._prefix = f"{rendezvous.key}/ipc"
         self._aborted = False
-        self._exporter = Exporter()
         self._opened: dict[bytes, int] = {}
         self._counts: dict[tuple[int, tuple[int, ...]], int] = {}
         make_current(device.index or 0)
@@ -81,8 +80,13 @@ class IpcCommunicator:
 
     def _offer(self, buffer: torch.Tensor) -> bytes:
         """Return the handle of the buffer's allocation, its offset there and its size."""
-        number, offset = self._exporter.locate(buffer.data_ptr()) if buffer.numel() else (-1, 0)
-        handle = self._exporter.handles[number] if buffer.numel() else b""
+        if not buffer.numel():
+            return bytes(16)
+
+        # Asked for anew each time: staging memory is made anew with each program, maybe where it was.
+        exporter = Exporter()
+        number, offset = exporter.locate(buffer.data_ptr())
+        handle = exporter.handles[number]
         return handle + offset.to_bytes(8, "little") + buffer.numel().to_bytes(8, "little")
 
     def tell(self, key: str, value: bytes) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -16,11 +17,12 @@ import torch.distributed as dist
 from wavecast.runtime.transfer.comm import PASSED, CommunicatorError, CudaFence, Deadline, Fence, MoveTimeout
 from wavecast.runtime.transfer.sealed_store import SealedStore
 
-__all__ = ("Rendezvous", "GlooCommunicator", "NcclCommunicator", "host_store", "join_store")
+__all__ = ("Rendezvous", "GlooCommunicator", "NcclCommunicator", "connecting", "host_store", "join_store")
 
 _environment = threading.Lock()
 
 
+@dataclass(frozen=True, slots=True)
 class Rendezvous:
     """
     Where and how the members of a connection meet.
@@ -31,28 +33,17 @@ class Rendezvous:
     :ivar rank: this actor's number, out of ``size``
     :ivar groups: sorted actor sets that broadcast among themselves; every member knows all of them, in the same order
     :ivar edges: senders and receivers of one-to-one moves, in the same order on every member
+    :ivar deadline: until when all must have met
     """
 
-    def __init__(
-        self,
-        store: SealedStore,
-        *,
-        key: str,
-        host: str,
-        rank: int,
-        size: int,
-        groups: tuple[tuple[int, ...], ...],
-        edges: tuple[tuple[int, int], ...],
-        deadline: Deadline,
-    ) -> None:
-        self.store = store
-        self.key = key
-        self.host = host
-        self.rank = rank
-        self.size = size
-        self.groups = groups
-        self.edges = edges
-        self.deadline = deadline
+    store: SealedStore
+    key: str
+    host: str
+    rank: int
+    size: int
+    groups: tuple[tuple[int, ...], ...]
+    edges: tuple[tuple[int, int], ...]
+    deadline: Deadline
 
 
 def host_store(host: str, *, seconds: float) -> tuple[dist.TCPStore, int]:
@@ -123,7 +114,7 @@ class GlooCommunicator:
         self._aborted = False
         self._tags: dict[tuple[int, int], int] = {}
         self._store = rendezvous.store
-        with _connecting("gloo", rendezvous, lambda: self._aborted):
+        with connecting("gloo", rendezvous, lambda: self._aborted):
             self._world: _Group | None = _gloo_group(rendezvous, "world", tuple(range(rendezvous.size)))
             self._groups = {
                 group: _gloo_group(rendezvous, "-".join(map(str, group)), group)
@@ -197,7 +188,7 @@ class NcclCommunicator:
         torch.cuda.set_device(device)
         free_before = torch.cuda.mem_get_info(device)[0]
         reserved_before = torch.cuda.memory_reserved(device)
-        with _connecting("NCCL", rendezvous, lambda: self._aborted):
+        with connecting("NCCL", rendezvous, lambda: self._aborted):
             self._world = _nccl_group(rendezvous, "world", tuple(range(rendezvous.size)), device)
             self._groups = {
                 group: _nccl_group(rendezvous, "-".join(map(str, group)), group, device)
@@ -309,7 +300,8 @@ def _unwatched() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _connecting(transport: str, rendezvous: Rendezvous, aborted: Callable[[], bool]) -> Iterator[None]:
+def connecting(transport: str, rendezvous: Rendezvous, aborted: Callable[[], bool]) -> Iterator[None]:
+    """Give what fails while members meet the class that fits, and of several reasons the one behind."""
     try:
         with _translated(f"connecting {transport}", rendezvous.deadline, aborted):
             yield

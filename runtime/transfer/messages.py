@@ -148,10 +148,11 @@ class Connect:
 
     :ivar connection: name, also the prefix of all keys in the store
     :ivar secret: random bytes that only members of the connection have; seals what they say over the store
-    :ivar transport: ``"gloo"`` or ``"nccl"``
+    :ivar transport: ``"gloo"``, ``"nccl"`` or ``"ipc"``
     :ivar rank: this actor's number, out of ``size``
     :ivar groups: actor sets (sorted, of three or more) that broadcast among themselves
     :ivar edges: sender and receiver of every one-to-one task, to be warmed up
+    :ivar owners: for each actor the one through which its GPU's bytes go; empty: each has a GPU of its own
     """
 
     run: RunId
@@ -166,6 +167,7 @@ class Connect:
     seconds: float
     # In no log: a message's text may be shown.
     secret: bytes = field(repr=False)
+    owners: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

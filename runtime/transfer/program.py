@@ -12,7 +12,7 @@ from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.dtypes import itemsize
 from wavecast.runtime.naming import Renames
 from wavecast.runtime.plan.route import Route
-from wavecast.runtime.plan.tasks import task_routes
+from wavecast.runtime.plan.tasks import task_ends, task_routes
 from wavecast.scheduler import Schedule
 
 __all__ = (
@@ -69,6 +69,7 @@ class Step:
     :ivar cuts: what travels, in wire order
     :ivar pull: the receiver fetches the cuts out of the sender's memory; otherwise they are packed, moved and unpacked
     :ivar near: sender and receiver share a GPU
+    :ivar through: members that are neither, and own the port of a GPU that what is moved goes through
     """
 
     task: int
@@ -77,6 +78,7 @@ class Step:
     cuts: tuple[Cut, ...]
     pull: bool = False
     near: bool = False
+    through: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,9 @@ def compile_programs(
             routes = task_routes(task)
             pull = pulled is not None and bool(routes) and pulled(routes[0])
             beside = pull and near is not None and near(routes[0])
-            step = Step(task.id, task.senders[0], task.receivers, _cuts(routes), pull, beside)
+            sender, receivers = task_ends(task)
+            through = tuple(member for member in task.members if member != sender and member not in receivers)
+            step = Step(task.id, sender, receivers, _cuts(routes), pull, beside, through)
             for member in task.members:
                 steps[member].append(step)
 

@@ -16,6 +16,7 @@ from wavecast.runtime.transfer.agreement import Ending, agree
 from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Board
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence
 from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
+from wavecast.runtime.transfer.comm_ported import connect_ported
 from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
 from wavecast.runtime.transfer.copying import Copier, TensorCopier
 from wavecast.runtime.transfer.fused import FusedCopier, Tables, Tally
@@ -154,9 +155,9 @@ class Session:
             self._ended = (name, reason)
             run.give_up(reason)
             puller, staging = self._puller, self._staging
-            self._drop_connection(abort=True)
+            communicator = self._drop_connection(abort=True)
             # What is on its way out of a sender's memory arrives first, as may what is queued behind a receive.
-            idle = self.lane.submit(lambda: _come_to_rest(puller, staging))
+            idle = self.lane.submit(lambda: _come_to_rest(puller, staging, communicator))
             if not wait((idle,), timeout=_GRACE_SECONDS).done:
                 # Stuck in the transport, where it can do no harm: the run's check stops it before it writes.
                 # Its mappings stay with it, to be given back once it is free: no two threads use one puller.
@@ -360,6 +361,8 @@ class Session:
             deadline=deadline,
         )
         match request.transport:
+            case "nccl" if request.owners:
+                return connect_ported(rendezvous, device, owners=request.owners, secret=request.secret)
             case "nccl":
                 return NcclCommunicator(rendezvous, device)
             case "ipc":
@@ -377,7 +380,7 @@ class Session:
         largest = max((bucket.nbytes for step in steps for bucket in self.buckets_of(step)), default=0)
         self._staging = Staging(largest, self._communicator)
 
-    def _drop_connection(self, *, abort: bool) -> None:
+    def _drop_connection(self, *, abort: bool) -> Communicator | None:
         communicator, self._communicator = self._communicator, None
         self._staging = None
         if communicator is not None:
@@ -385,6 +388,8 @@ class Session:
                 communicator.abort()
             else:
                 communicator.close()
+
+        return communicator
 
     # Steps.
 
@@ -429,7 +434,7 @@ class Session:
             self._begin_steps(run, program, deadline)
 
         step = program.steps[request.step]
-        if run.actor != step.sender:
+        if run.actor in step.receivers:
             run.wrote = True
 
         if self._forwards and self._puller is not None and self._staging is not None:
@@ -529,6 +534,9 @@ class Session:
             meet=lambda: self._meet(run, step, deadline),
             check=run.check,
         )
+        if run.actor in step.through:
+            return staging.carry(leg)
+
         return staging.send(leg) if run.actor == step.sender else staging.receive(leg)
 
     def _meet(self, run: Run, step: Step, deadline: Deadline) -> None:
@@ -643,13 +651,17 @@ class Session:
         return True
 
 
-def _come_to_rest(puller: Puller | None, staging: Staging | None) -> None:
+def _come_to_rest(puller: Puller | None, staging: Staging | None, communicator: Communicator | None) -> None:
     if puller is not None:
         puller.synchronize()
 
     if staging is not None:
         for stream in staging.streams():
             stream.synchronize()
+
+    if communicator is not None:
+        # What it has mapped of others' memory is read by nothing any more.
+        communicator.close()
 
 
 def _take_next(parts: Iterator[Fence], found: list[Fence]) -> bool:

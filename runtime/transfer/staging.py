@@ -130,26 +130,19 @@ class Staging:
 
         :raises CommunicatorError: when the transport failed, was aborted or was too slow
         """
-        for bucket in leg.buckets:
-            slot = self._next_slot()
-            self._settle(slot)
-            slot.packed = None
-            leg.meet()
-            with slot.in_order():
-                window = slot.buffer[: bucket.nbytes]
-                move = self._communicator.start(
-                    window, sender=leg.sender, receivers=leg.receivers, deadline=leg.deadline
-                )
 
-            def settle(move: Move = move, bucket: Bucket = bucket, window: torch.Tensor = window) -> Fence:
-                move.finish(leg.deadline)
-                arrived = self._communicator.fence()
-                leg.copier.unpack(leg.step, bucket, window, leg.check)
-                return arrived
+        def unpack(bucket: Bucket, window: torch.Tensor) -> None:
+            leg.copier.unpack(leg.step, bucket, window, leg.check)
 
-            slot.settle = settle
+        return self._take(leg, unpack)
 
-        return self._arrive()
+    def carry(self, leg: Leg) -> list[Fence]:
+        """
+        Let the leg's buckets go through here, from or to others on this GPU; return the fences after which they have.
+
+        :raises CommunicatorError: when the transport failed, was aborted or was too slow
+        """
+        return self._take(leg, lambda bucket, window: leg.check())
 
     def finish(self, deadline: Deadline) -> None:
         """
@@ -164,6 +157,28 @@ class Staging:
     def streams(self) -> tuple[torch.cuda.Stream, ...]:
         """Return the slots' streams."""
         return tuple(slot.stream for slot in self._slots if slot.stream is not None)
+
+    def _take(self, leg: Leg, use: Callable[[Bucket, torch.Tensor], None]) -> list[Fence]:
+        for bucket in leg.buckets:
+            slot = self._next_slot()
+            self._settle(slot)
+            slot.packed = None
+            leg.meet()
+            with slot.in_order():
+                window = slot.buffer[: bucket.nbytes]
+                move = self._communicator.start(
+                    window, sender=leg.sender, receivers=leg.receivers, deadline=leg.deadline
+                )
+
+            def settle(move: Move = move, bucket: Bucket = bucket, window: torch.Tensor = window) -> Fence:
+                move.finish(leg.deadline)
+                arrived = self._communicator.fence()
+                use(bucket, window)
+                return arrived
+
+            slot.settle = settle
+
+        return self._arrive()
 
     def _join_streams(self) -> None:
         """Let what follows on either slot come after what both have unpacked."""

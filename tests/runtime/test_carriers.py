@@ -53,7 +53,24 @@ NO_TRITON = ("Triton is missing on some actors: tensors are copied one by one",)
         (
             "auto",
             [gpu(0), gpu(0, "n1"), gpu(0)],
-            Carriers("gloo", reasons=("actors 0 and 2 share a GPU, which NCCL refuses",)),
+            Carriers(
+                "nccl",
+                frozenset({(0, 2), (2, 0)}),
+                True,
+                ("actors 0 and 2 share a GPU: NCCL serves 2 through 0",),
+                owners=(0, 1, 0),
+            ),
+        ),
+        (
+            "auto",
+            [gpu(0), gpu(0, unshared="no"), gpu(0, "n1"), gpu(0, "n1")],
+            Carriers(
+                "gloo",
+                reasons=(
+                    "the memory of actor 1 cannot be shared: no",
+                    "actors 0 and 1 share a GPU, which NCCL refuses",
+                ),
+            ),
         ),
         (
             "auto",
@@ -110,9 +127,32 @@ def test_a_refused_pair_is_served_another_way_and_said() -> None:
     assert chosen == Carriers("nccl", ALL - {(0, 2)}, True, (reason,))
     # NCCL cannot help two that share a GPU.
     chosen = choose_carriers("auto", SHARED_GPU, refused=[(0, 2)])
-    assert chosen == Carriers("gloo", reasons=(reason, "actors 1 and 2 share a GPU, which NCCL refuses"))
+    through = "actors 1 and 2 share a GPU: NCCL serves 2 through 1"
+    assert chosen == Carriers("nccl", ALL - {(0, 2)}, True, (reason, through), owners=(0, 1, 1))
+    reason = "actor 2 cannot read the memory of actor 1"
+    chosen = choose_carriers("auto", SHARED_GPU, refused=[(1, 2)], sending=[0])
+    through = "actors 1 and 2 share a GPU: NCCL serves 1 through 2"
+    assert chosen == Carriers("nccl", ALL - {(1, 2)}, True, (reason, through), owners=(0, 2, 2))
+    chosen = choose_carriers("auto", SHARED_GPU, refused=[(1, 2)])
+    assert chosen.moved == "gloo"
+    assert chosen.reasons[-1] == "actors 1 and 2 share a GPU, which NCCL refuses"
+    reason = "actor 2 cannot read the memory of actor 0"
     with pytest.raises(TransportUnavailable, match=reason):
         choose_carriers("ipc", ONE_NODE, refused=[(0, 2)])
+
+
+def test_who_shares_a_gpu_must_be_able_to_read_its_owner_and_to_lend_it_what_it_sends() -> None:
+    # Engines that sleep have memory that nobody can map; what is pulled into it is read from others.
+    asleep = [gpu(0), gpu(0, "n1"), gpu(0, unshared="it sleeps"), gpu(0, "n1", unshared="it sleeps")]
+    chosen = choose_carriers("auto", asleep, sending=range(2))
+    assert chosen.moved == "nccl"
+    assert chosen.owners == (0, 1, 0, 1)
+    assert chosen.pulls == {(0, 2), (1, 3)}
+    assert choose_carriers("auto", asleep, sending=range(4)).moved == "gloo"
+    # An engine owns the port where a trainer's memory cannot be read, unless that trainer has something to send.
+    strange = [gpu(0, unshared="it expands"), gpu(0, "n1"), gpu(0)]
+    assert choose_carriers("auto", strange, sending=[1]).owners == (2, 1, 2)
+    assert choose_carriers("auto", strange, sending=[0, 1]).moved == "gloo"
 
 
 # Which routes are pulled.

@@ -16,6 +16,7 @@ from wavecast.runtime.plan.tasks import build_tasks
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.comm import Communicator, Deadline
 from wavecast.runtime.transfer.comm_fake import FakeFabric
+from wavecast.runtime.transfer.comm_ported import PortedCommunicator
 from wavecast.runtime.transfer.messages import (
     Abort,
     Began,
@@ -96,7 +97,19 @@ class FakeSession(Session):
 
     def _join(self, request: Connect, address: str, device: torch.device, deadline: Deadline) -> Communicator:
         fabric = self._wires.fabrics.setdefault(request.connection, FakeFabric(request.size))
-        return self._wires.wrap(fabric.communicator(request.rank))
+        communicator: Communicator = fabric.communicator(request.rank)
+        if request.owners:
+            ports = sorted(set(request.owners))
+            far = self._wires.fabrics.setdefault(f"{request.connection}/far", FakeFabric(len(ports)))
+            owns = request.rank in ports
+            communicator = PortedCommunicator(
+                request.rank,
+                owners=request.owners,
+                near=communicator,
+                far=far.communicator(ports.index(request.rank)) if owns else None,
+            )
+
+        return self._wires.wrap(communicator)
 
 
 def planned(

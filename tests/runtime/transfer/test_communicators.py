@@ -15,6 +15,7 @@ from tests.runtime.transfer.process_members import start_members
 from wavecast.runtime.transfer.comm import Communicator, CommunicatorError, Deadline, MoveTimeout
 from wavecast.runtime.transfer.comm_fake import FakeFabric
 from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
+from wavecast.runtime.transfer.comm_ported import PortedCommunicator, connect_ported
 from wavecast.runtime.transfer.comm_torch import (
     GlooCommunicator,
     NcclCommunicator,
@@ -26,11 +27,28 @@ from wavecast.runtime.transfer.sealed_store import SealedStore
 
 Groups = tuple[tuple[int, ...], ...]
 Edges = tuple[tuple[int, int], ...]
+#: For each member the one that owns the port of its GPU.
+PORTS = (0, 1, 1)
 
 
 def make_fake(size: int, groups: Groups, edges: Edges) -> Sequence[Communicator]:
     fabric = FakeFabric(size)
     return [fabric.communicator(rank) for rank in range(size)]
+
+
+def make_ported_fake(size: int, groups: Groups, edges: Edges) -> Sequence[Communicator]:
+    """The third member shares the second one's GPU."""
+    owners = PORTS[:size]
+    near, far = FakeFabric(size), FakeFabric(2)
+    return [
+        PortedCommunicator(
+            rank,
+            owners=owners,
+            near=near.communicator(rank),
+            far=far.communicator(rank) if owners[rank] == rank else None,
+        )
+        for rank in range(size)
+    ]
 
 
 def connect_gloo(rank: int, size: int, port: int, groups: Groups, edges: Edges, store: Store | None) -> Communicator:
@@ -48,6 +66,13 @@ def connect_ipc(rank: int, size: int, port: int, groups: Groups, edges: Edges) -
     device = torch.device("cuda", rank // 2 % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return IpcCommunicator(rendezvous, device)
+
+
+def connect_over_ports(rank: int, size: int, port: int, groups: Groups, edges: Edges) -> Communicator:
+    rendezvous = _rendezvous(rank, size, port, groups, edges, None)
+    device = torch.device("cuda", PORTS[rank])
+    torch.cuda.set_device(device)
+    return connect_ported(rendezvous, device, owners=PORTS[:size], secret=bytes(32))
 
 
 def _rendezvous(rank: int, size: int, port: int, groups: Groups, edges: Edges, store: Store | None) -> Rendezvous:
@@ -108,6 +133,14 @@ def make_ipc(size: int, groups: Groups, edges: Edges) -> Sequence[Communicator]:
     return start_members(recipe, size)
 
 
+def make_ported(size: int, groups: Groups, edges: Edges) -> Sequence[Communicator]:
+    """Connect ``size`` members, each in a process of its own, the third on the second one's GPU."""
+    store, port = host_store("127.0.0.1", seconds=20)
+    _stores.append(store)
+    recipe = functools.partial(connect_over_ports, size=size, port=port, groups=groups, edges=edges)
+    return start_members(recipe, size)
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 needs_three_gpus = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
@@ -119,6 +152,8 @@ makers = pytest.mark.parametrize(
         pytest.param(make_gloo, id="gloo"),
         pytest.param(make_nccl, id="nccl", marks=[pytest.mark.gpu, needs_gpus]),
         pytest.param(make_ipc, id="ipc", marks=[pytest.mark.gpu, needs_gpu]),
+        pytest.param(make_ported_fake, id="ported-fake"),
+        pytest.param(make_ported, id="ported", marks=[pytest.mark.gpu, needs_gpus]),
     ],
 )
 makers_of_three = pytest.mark.parametrize(
@@ -128,6 +163,8 @@ makers_of_three = pytest.mark.parametrize(
         pytest.param(make_gloo, id="gloo"),
         pytest.param(make_nccl, id="nccl", marks=[pytest.mark.gpu, needs_three_gpus]),
         pytest.param(make_ipc, id="ipc", marks=[pytest.mark.gpu, needs_gpu]),
+        pytest.param(make_ported_fake, id="ported-fake"),
+        pytest.param(make_ported, id="ported", marks=[pytest.mark.gpu, needs_gpus]),
     ],
 )
 
