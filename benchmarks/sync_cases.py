@@ -61,6 +61,7 @@ class Case:
     :ivar transport: a name that ``SyncOptions`` knows
     :ivar bar: ``None`` where none was set
     :ivar options: further options of the group by name
+    :ivar apart: each GPU is taken for a node of its own, so that nothing is pulled from one by another
     """
 
     name: str
@@ -77,6 +78,7 @@ class Case:
     budget_bytes: int = GIB
     bar: Bar | None = None
     options: tuple[tuple[str, object], ...] = ()
+    apart: bool = False
 
     @property
     def gpus(self) -> tuple[int, ...]:
@@ -346,6 +348,13 @@ _TWO = (
         transport="nccl",
         bar=Bar(share=0.85, host_seconds=0.010),
     ),
+    replace(
+        _COLOCATED,
+        name="nodes-7b",
+        title="7B dense, TP2 and TP1 x 2 on 2 GPUs as if of two nodes: NCCL by way of one actor a GPU",
+        bar=None,
+        apart=True,
+    ),
 )
 
 _PAIRS = replace(
@@ -447,7 +456,7 @@ _TWINS = tuple(
     if case.preset == _MOE
     else _twin(case, preset="tiny-qwen2", layers=4)
     for case in (*_TWO, *_FOUR)
-    if case.transport == "auto" and case.preset != _SMALL
+    if case.transport == "auto" and case.preset != _SMALL and not case.apart
 )
 
 #: How much the schedule matters: one case, driven in other ways.

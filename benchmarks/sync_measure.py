@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import traceback
@@ -16,8 +17,9 @@ from common import quantile
 from sync_cases import Case, engine_memories, trainer_memories
 from sync_traffic import Traffic, plan_case, traffic_of
 
-from wavecast.runtime.cluster import ActorHandle, call_all, end_actors, start_actor
+from wavecast.runtime.cluster import ActorHandle, RayHost, call_all, end_actors, start_actor
 from wavecast.runtime.demo import DemoActor, Weights
+from wavecast.runtime.demo_memory import DemoMemory
 from wavecast.runtime.group import ParameterSyncGroup
 from wavecast.runtime.model_group import ModelGroup
 from wavecast.runtime.report import SyncReport
@@ -50,6 +52,15 @@ class Seen:
     extra_bytes: int
 
 
+class ApartActor(DemoActor):
+    """Takes its GPU for a node of its own."""
+
+    def __init__(self, memory: DemoMemory, weights: Weights, device: str) -> None:
+        super().__init__(memory, weights, device)
+        node = RayHost.node
+        RayHost.node = lambda host: f"{node(host)}/{device}"  # type: ignore[method-assign]
+
+
 async def run_case(case: Case, book: CeilingBook, *, repeat: int, seconds: float) -> Row:
     """
     Return a case's row: its figures, or how it failed. Needs a Ray cluster.
@@ -60,6 +71,8 @@ async def run_case(case: Case, book: CeilingBook, *, repeat: int, seconds: float
     :param seconds: for all of the syncs; also each one's deadline
     """
     row: Row = case_facts(case)
+    # A driver has one model's plans; the garbage of other cases would be looked through in the middle of a sync.
+    gc.collect()
     try:
         traffic = traffic_of(case, plan_case(case))
         ceilings = book.measure(
@@ -137,9 +150,10 @@ async def _syncs(case: Case, *, repeat: int, seconds: float) -> Seen:
 
 @asynccontextmanager
 async def started_actors(
-    case: Case, actor_class: type[DemoActor] = DemoActor
+    case: Case, actor_class: type[DemoActor] | None = None
 ) -> AsyncIterator[tuple[list[ActorHandle], list[list[ActorHandle]]]]:
     """Start the actors where the case says, each seeing all GPUs; when the block ends they are killed and gone."""
+    actor_class = actor_class or (ApartActor if case.apart else DemoActor)
     weights = Weights(seed=0)
     started: list[ActorHandle] = []
     pids: list[object] = []

@@ -157,9 +157,16 @@ def part_routes(plan: ReshardPlan, layouts: Sequence[Layout], carriers: Carriers
     A broadcast leaves its sender once, so it stays whole where the sender's port would else be the busiest by far; but
     where the receivers' ports are busy anyway, single pulls in turn use all ports at a link's full speed. What was
     parted goes to the sender that serves its receiver anyway, if that holds it and does not become the busiest by it.
+    A receiver on the sender's own GPU takes no port: it pulls in any case.
     """
+    if not carriers.pulls:
+        return plan
+
+    if carriers.owners:
+        plan = _part_neighbours(plan, layouts, carriers)
+
     several = [route for route in plan.routes if len(route.receivers) > 1]
-    if not several or not carriers.pulls:
+    if not several:
         return plan
 
     if carriers.moved == "nccl":
@@ -183,6 +190,25 @@ def part_routes(plan: ReshardPlan, layouts: Sequence[Layout], carriers: Carriers
     moved = frozenset((route.tensor, route.offset, route.extent) for route in several)
     regrouped = tuple(_regroup(routes, moved, layouts, carriers.pulls))
     return replace(plan, routes=regrouped, digest=routes_digest(regrouped))
+
+
+def _part_neighbours(plan: ReshardPlan, layouts: Sequence[Layout], carriers: Carriers) -> ReshardPlan:
+    """Return ``plan`` with receivers on their sender's GPU that can pull set apart from others of the same route."""
+    pulled, owners = PullRule(layouts, carriers), carriers.owners
+    routes: list[Route] = []
+    for route in plan.routes:
+        alone = {each: replace(route, receivers=(each,)) for each in route.receivers}
+        near = [each for each in route.receivers if owners[each] == owners[route.sender] and pulled(alone[each])]
+        if not near or len(alone) == 1:
+            routes.append(route)
+            continue
+
+        routes += [alone[each] for each in near]
+        rest = tuple(each for each in route.receivers if each not in near)
+        if rest:
+            routes.append(replace(route, receivers=rest))
+
+    return replace(plan, routes=tuple(routes), digest=routes_digest(routes))
 
 
 def _regroup(

@@ -282,6 +282,28 @@ def test_broadcasts_are_parted_where_the_receivers_ports_are_busiest_anyway() ->
     assert part_routes(plan, layouts, one_less) is plan
 
 
+def test_who_shares_the_senders_gpu_pulls_and_only_the_others_are_broadcast_to() -> None:
+    """Two nodes of a GPU: a whole trainer on the first, and on each two engines that want all of it."""
+    layouts = [*side(1, "w")] * 6
+    plan = plan_reshard(layouts[:1], layouts[1:])
+    (route,) = plan.routes
+    assert route.receivers == (1, 2, 3, 4, 5)
+    owners, near = (0, 0, 0, 3, 3, 3), [(0, 1), (0, 2), (3, 4), (3, 5)]
+    carriers = Carriers("nccl", frozenset((*near, *((b, a) for a, b in near))), True, owners=owners)
+    parted = part_routes(plan, layouts, carriers)
+    assert [found.receivers for found in parted.routes] == [(1,), (2,), (3, 4, 5)]
+    assert delivered(parted) == delivered(plan)
+    assert parted.digest != plan.digest
+    # What cannot be pulled as it is stays with the others.
+    cast = [Layout((rows("w", 12, 1, 0, "bfloat16"),)), *layouts[1:]]
+    plan = plan_reshard(cast[:1], cast[1:])
+    assert [found.receivers for found in part_routes(plan, cast, carriers).routes] == [(1, 2, 3, 4, 5)]
+    # All on one GPU: nothing is left to broadcast.
+    alone = replace(carriers, pulls=frozenset(permutations(range(3), 2)), owners=(0, 0, 0))
+    plan = plan_reshard(layouts[:1], layouts[1:3])
+    assert [found.receivers for found in part_routes(plan, layouts[:3], alone).routes] == [(1,), (2,)]
+
+
 @pytest.mark.parametrize(("sources", "destinations"), [(3, 2), (4, 3), (6, 4), (2, 3), (5, 4)])
 @pytest.mark.parametrize("moved", ["nccl", "ipc"])
 def test_parting_keeps_coverage_and_never_loads_a_sender_beyond_the_busiest(
