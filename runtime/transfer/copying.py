@@ -11,7 +11,7 @@ from wavecast.runtime.transfer.checksum import combine, fold
 from wavecast.runtime.transfer.memory import Memory, as_bits, dtype_of
 from wavecast.runtime.transfer.program import ALIGNMENT, Bucket, Placed
 
-__all__ = ("Copier", "TensorCopier", "pack", "unpack", "gather", "window_of")
+__all__ = ("Copier", "TensorCopier", "bytes_of", "is_held_as_sent", "pack", "unpack", "gather", "window_of")
 
 
 class Copier(Protocol):
@@ -20,12 +20,16 @@ class Copier(Protocol):
     stream and nothing waits for it.
     """
 
-    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> None:
-        """Copy the bucket's cuts into ``window``, cast to the dtype in which they travel, and sum them up."""
+    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> torch.Tensor:
+        """
+        Copy the bucket's cuts into ``window``, cast to the dtype in which they travel, and return it.
+
+        Where the only cut lies in memory as it is to travel, that is returned, and nothing is copied.
+        """
         ...
 
-    def packed(self, step: int, window: torch.Tensor) -> None:
-        """Note that a packed window is being sent. A window packed ahead and never sent does not count."""
+    def packed(self, step: int, bucket: Bucket, sent: torch.Tensor) -> None:
+        """Sum up what :meth:`pack` returned, as it is being sent: not what is packed ahead and never sent."""
         ...
 
     def unpack(self, step: int, bucket: Bucket, window: torch.Tensor, check: Callable[[], None]) -> None:
@@ -53,12 +57,16 @@ class TensorCopier:
         self._checksum = checksum
         self._folds: dict[int, list[torch.Tensor]] = {}
 
-    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> None:
-        pack(bucket, self._memory, window)
+    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> torch.Tensor:
+        if is_held_as_sent(bucket, self._memory, window.device):
+            return bytes_of(self._memory.source(bucket.items[0].cut))
 
-    def packed(self, step: int, window: torch.Tensor) -> None:
+        pack(bucket, self._memory, window)
+        return window
+
+    def packed(self, step: int, bucket: Bucket, sent: torch.Tensor) -> None:
         if self._checksum:
-            self._folds.setdefault(step, []).append(fold(window))
+            self._folds.setdefault(step, []).append(fold(sent))
 
     def unpack(self, step: int, bucket: Bucket, window: torch.Tensor, check: Callable[[], None]) -> None:
         unpack(bucket, self._memory, window, check=check)
@@ -70,6 +78,25 @@ class TensorCopier:
         return [
             combine([int(value) for value in self._folds[step]]) if step in self._folds else 0 for step in range(steps)
         ]
+
+
+def is_held_as_sent(bucket: Bucket, memory: Memory, device: torch.device) -> bool:
+    """Tell whether the bucket's only cut lies in memory as it is to be sent from ``device``."""
+    if len(bucket.items) != 1 or memory.device != device:
+        return False
+
+    cut = bucket.items[0].cut
+    if cut.nbytes != bucket.nbytes or not memory.holds_as_is(cut):
+        return False
+
+    view = memory.source(cut)
+    first = view.storage_offset() * view.itemsize
+    return view.is_contiguous() and not (view.data_ptr() % ALIGNMENT or first % ALIGNMENT)
+
+
+def bytes_of(view: torch.Tensor) -> torch.Tensor:
+    """Return the memory of a contiguous tensor as bytes."""
+    return view.detach().view(-1).view(torch.uint8)
 
 
 def pack(bucket: Bucket, memory: Memory, buffer: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from wavecast.runtime.layout.dtypes import itemsize
 from wavecast.runtime.transfer.board import Board
-from wavecast.runtime.transfer.copying import window_of
+from wavecast.runtime.transfer.copying import bytes_of, is_held_as_sent, window_of
 from wavecast.runtime.transfer.cuda_memory import read_async
 from wavecast.runtime.transfer.memory import Memory, Watch, dtype_of, strided
 from wavecast.runtime.transfer.program import Bucket, Placed
@@ -72,10 +72,12 @@ class Tally:
 class _Packing:
     """
     :ivar watch: the tensors that are read, by their addresses
+    :ivar in_place: it is sent out of the only tensor itself, nothing being copied
     :ivar worked: cuts that need more than a copy: a cast, or to be worked out
     """
 
     watch: Watch
+    in_place: bool
     copies: tuple[Table, ...]
     worked: tuple[Placed, ...]
     worked_sums: tuple[Table, ...]
@@ -118,12 +120,16 @@ class FusedCopier:
         self._memory = tables.memory
         self._tally = tally
 
-    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> None:
+    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> torch.Tensor:
         plan = self._tables.packing.get((step, bucket.first))
         if plan is None:
-            plan = self._tables.packing[step, bucket.first] = self._plan_packing(bucket)
+            plan = self._tables.packing[step, bucket.first] = self._plan_packing(bucket, window.device)
 
         plan.watch.require_still()
+        if plan.in_place:
+            # Made anew each time: to keep it would keep memory that its owner may give up between syncs.
+            return bytes_of(self._memory.source(bucket.items[0].cut))
+
         base = window.data_ptr()
         alone = (step, bucket.first) == (0, 0)
         for item in plan.worked:
@@ -140,8 +146,15 @@ class FusedCopier:
             for table in plan.worked_sums:
                 sum_source(table, total, source_base=base)
 
-    def packed(self, step: int, window: torch.Tensor) -> None:
-        pass
+        return window
+
+    def packed(self, step: int, bucket: Bucket, sent: torch.Tensor) -> None:
+        # What was copied was summed up on the way.
+        plan = self._tables.packing[step, bucket.first]
+        if plan.in_place and self._tally is not None:
+            total = self._tally.total(step)
+            for table in plan.copies:
+                sum_source(table, total, hurry=False)
 
     def unpack(self, step: int, bucket: Bucket, window: torch.Tensor, check: Callable[[], None]) -> None:
         plan = self._tables.unpacking.get((step, bucket.first))
@@ -163,7 +176,7 @@ class FusedCopier:
     def sums(self, steps: int) -> list[int]:
         return [] if self._tally is None else self._tally.values(steps)
 
-    def _plan_packing(self, bucket: Bucket) -> _Packing:
+    def _plan_packing(self, bucket: Bucket, device: torch.device) -> _Packing:
         segments: list[Segment] = []
         worked: list[Placed] = []
         summed: list[Segment] = []
@@ -177,9 +190,9 @@ class FusedCopier:
                 worked.append(item)
                 summed.extend(pair_segments(cut.extent, itemsize(cut.dtype), place, place, wire=wire))
 
-        device = self._memory.device
         return _Packing(
             self._watch(bucket),
+            is_held_as_sent(bucket, self._memory, device),
             build_tables(join_segments(segments), device),
             tuple(worked),
             build_tables(join_segments(summed), device),

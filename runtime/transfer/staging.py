@@ -49,8 +49,9 @@ class _Slot:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         #: Orders what follows after the move under way; ``None`` when there is none.
         self.settle: Callable[[], Fence] | None = None
-        #: The bucket that was packed ahead of its step.
+        #: The bucket that is packed, maybe ahead of its step, and what is to be sent of it.
         self.packed: Bucket | None = None
+        self.window = self.buffer
 
     @contextlib.contextmanager
     def in_order(self) -> Iterator[None]:
@@ -105,14 +106,15 @@ class Staging:
             slot.packed = None
             leg.meet()
             with slot.in_order():
-                window = slot.buffer[: bucket.nbytes]
                 move = self._communicator.start(
-                    window, sender=leg.sender, receivers=leg.receivers, deadline=leg.deadline
+                    slot.window, sender=leg.sender, receivers=leg.receivers, deadline=leg.deadline
                 )
-                leg.copier.packed(leg.step, window)
+                leg.copier.packed(leg.step, bucket, slot.window)
 
-            def settle(move: Move = move) -> Fence:
+            def settle(move: Move = move, slot: _Slot = slot) -> Fence:
                 move.finish(leg.deadline)
+                # What was sent in place is its owner's alone again.
+                slot.window = slot.buffer
                 return self._communicator.fence()
 
             slot.settle = settle
@@ -199,7 +201,7 @@ class Staging:
         self._settle(slot)
         leg.check()
         with slot.in_order():
-            leg.copier.pack(step, bucket, slot.buffer[: bucket.nbytes])
+            slot.window = leg.copier.pack(step, bucket, slot.buffer[: bucket.nbytes])
 
         slot.packed = bucket
 

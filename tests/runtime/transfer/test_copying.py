@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
-from wavecast.runtime.transfer.copying import gather, pack, unpack
+from wavecast.runtime.transfer.copying import TensorCopier, bytes_of, gather, is_held_as_sent, pack, unpack
 from wavecast.runtime.transfer.memory import Memory, as_bits, dtype_of
 from wavecast.runtime.transfer.program import Bucket, Cut, fill_buckets
 
@@ -259,3 +259,65 @@ def test_an_unpacking_that_is_given_up_writes_no_further_cut() -> None:
         unpack(bucket, Memory([Shard("w", target, (0,), (4,))]), data, check=check)
 
     assert target.tolist() == [0x01010101, 0x01010101, 0, 0]
+
+
+# Sent in place.
+
+
+def alone(rows: int = 4, *, dtype: str = "float32", first: int = 0) -> Bucket:
+    """A bucket that holds rows of 8 elements of one tensor."""
+    (bucket,) = fill_buckets([Cut("w", (first, 0), (rows, 8), dtype)], bucket_bytes=1024)
+    return bucket
+
+
+def holding(view: torch.Tensor) -> Memory:
+    return Memory([Shard("w", view, (0, 0), (8, 8))])
+
+
+def test_an_only_cut_that_lies_as_it_travels_is_sent_from_where_it_is() -> None:
+    view = torch.arange(64, dtype=torch.float32).view(8, 8)
+    copier, window = TensorCopier(holding(view), checksum=True), torch.full((1024,), 7, dtype=torch.uint8)
+    bucket = alone(first=2)
+    sent = copier.pack(0, bucket, window[: bucket.nbytes])
+    assert sent.data_ptr() == view[2:].data_ptr()
+    assert bytes(sent.tolist()) == bytes_of(view)[64:192].numpy().tobytes()
+    assert window.eq(7).all()
+    # It is summed up as it would have been packed.
+    copier.packed(0, bucket, sent)
+    other = TensorCopier(holding(view.t().contiguous().t()), checksum=True)
+    copied = other.pack(0, bucket, window[: bucket.nbytes])
+    other.packed(0, bucket, copied)
+    assert copied.data_ptr() == window.data_ptr()
+    assert copier.sums(1) == other.sums(1) != [0]
+
+
+@pytest.mark.parametrize(
+    ("why", "view", "bucket"),
+    [
+        ("another dtype", torch.zeros(8, 8, dtype=torch.float64), alone()),
+        ("strided", torch.zeros(8, 16)[:, :8], alone()),
+        (
+            "some of each row",
+            torch.zeros(8, 8),
+            fill_buckets([Cut("w", (0, 0), (4, 4), "float32")], bucket_bytes=64)[0],
+        ),
+        ("padded", torch.zeros(8, 8), fill_buckets([Cut("w", (0, 0), (1, 7), "float32")], bucket_bytes=64)[0]),
+        ("off a multiple of 16 bytes", torch.zeros(65)[1:].view(8, 8), alone()),
+        (
+            "computed",
+            Computed((8, 8), torch.float32, torch.device("cpu"), lambda box: torch.zeros(box.extent)),
+            alone(),
+        ),
+        ("of two cuts", torch.zeros(8, 8), one_bucket([Cut("w", (row, 0), (1, 8), "float32") for row in range(2)])),
+    ],
+)
+def test_what_is_not_as_it_travels_is_packed(why: str, view: torch.Tensor | Computed, bucket: Bucket) -> None:
+    memory = Memory([Shard("w", view, (0, 0), (8, 8))])
+    assert not is_held_as_sent(bucket, memory, torch.device("cpu"))
+    window = torch.empty(1024, dtype=torch.uint8)[: bucket.nbytes]
+    assert TensorCopier(memory, checksum=True).pack(0, bucket, window) is window
+
+
+def test_what_is_sent_from_elsewhere_is_packed() -> None:
+    assert is_held_as_sent(alone(), holding(torch.zeros(8, 8)), torch.device("cpu"))
+    assert not is_held_as_sent(alone(), holding(torch.zeros(8, 8)), torch.device("meta"))

@@ -130,11 +130,11 @@ def test_a_step_packs_and_unpacks_bit_for_bit_and_sums_up_to_what_the_oracle_say
     sender, receiver = FusedCopier(Tables(sources), tallies[0]), FusedCopier(Tables(targets), tallies[1])
     for bucket, data in zip(buckets, wire, strict=True):
         window = aligned(bucket.nbytes)
-        sender.pack(1, bucket, window)
+        sent = sender.pack(1, bucket, window)
+        sender.packed(1, bucket, sent)
         device.drain()
-        assert padding_cleared(bucket, window) == data
-        sender.packed(1, window)
-        receiver.unpack(1, bucket, window, go_on)
+        assert padding_cleared(bucket, sent) == data
+        receiver.unpack(1, bucket, sent, go_on)
         device.drain()
 
     # All views of a tied weight, and nothing beside a cut.
@@ -168,7 +168,7 @@ def test_sums_do_not_depend_on_buckets_or_on_how_views_lie(device: Device, bucke
         copier = FusedCopier(Tables(Memory([Shard("w", view, (0, 0), (9, 16))])), Tally(1, CPU))
         window = aligned(bucket_bytes)
         for bucket in fill_buckets([Cut("w", (0, 0), (9, 16), "bfloat16")], bucket_bytes=bucket_bytes):
-            copier.pack(0, bucket, window[: bucket.nbytes])
+            copier.packed(0, bucket, copier.pack(0, bucket, window[: bucket.nbytes]))
             device.drain()
 
         assert copier.sums(1) == [expected]

@@ -347,3 +347,17 @@ def test_the_end_of_a_run_waits_for_both_slots() -> None:
     log: list[str] = []
     Staging(32, Script(log)).finish(Deadline(1))
     assert log == ["fence -1", "wait -1"] * 2
+
+
+def test_memory_that_was_sent_in_place_is_not_held_on_to() -> None:
+    log: list[str] = []
+    script = Script(log)
+    views = {name: torch.full((8,), number, dtype=torch.int32) for number, name in enumerate("abc")}
+    memory = Memory([Shard(name, view, (0,), (8,)) for name, view in views.items()])
+    staging = Staging(32, script)
+    staging.begin(None)
+    wait(staging.send(leg(TensorCopier(memory, checksum=True), buckets_of("abc"))))
+    assert script.sent == [[number] * 8 for number in range(3)]
+    held = {slot.window.data_ptr() for slot in staging._slots}
+    assert held == {slot.buffer.data_ptr() for slot in staging._slots}
+    assert held.isdisjoint(view.data_ptr() for view in views.values())
