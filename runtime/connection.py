@@ -95,12 +95,22 @@ class Connection:
             and self._edges.issuperset(preparation.edges)
         )
 
-    async def release(self, run: RunId) -> None:
-        """Let all actors give their communicators back; the next :meth:`ensure` that needs them makes them anew."""
-        await self._actors.ask_all(dict.fromkeys(range(len(self._actors)), Disconnect(run)), Done)
-        self._groups = frozenset()
-        self._edges = frozenset()
-        self.transport = ""
+    async def release(self, run: RunId, *, communicators: bool, memory: bool) -> None:
+        """
+        Let all actors give back what they keep; the next :meth:`ensure` that needs it makes it anew.
+
+        :param communicators: with staging memory
+        :param memory: mappings of others' memory, and what keeps shards' memory from being freed once the run has ended
+        """
+        request = Disconnect(run, communicators=communicators, memory=memory)
+        await self._actors.ask_all(dict.fromkeys(range(len(self._actors)), request), Done)
+        if communicators:
+            self._groups = frozenset()
+            self._edges = frozenset()
+            self.transport = ""
+
+        if memory:
+            self._attached = frozenset()
 
     async def _attach(self, preparation: Preparation, addresses: Sequence[int], run: RunId) -> None:
         """Let receivers map what they read of others: what is not mapped yet, and of all that have moved since."""

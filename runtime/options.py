@@ -33,7 +33,8 @@ class SyncOptions:
     How a group syncs.
 
     :ivar transport: ``"auto"``: receivers pull from senders on their node through CUDA IPC, the rest goes over NCCL
-        where every actor has a GPU of its own, over gloo where not; or ``"nccl"``, ``"ipc"``, ``"gloo"`` alone
+        where every actor has a GPU of its own or shares it with one that can serve it, over gloo where not; or
+        ``"nccl"``, ``"ipc"``, ``"gloo"`` alone
     :ivar budget_bytes: extra memory an actor may hold for staging; two buckets of half of it take turns.
         Communicators are counted and reported apart
     :ivar chunk_bytes: the most bytes of a task; ``None`` chooses by the busiest actor's bytes
@@ -54,6 +55,9 @@ class SyncOptions:
     :ivar task_allowance: a task may take so many times what ``link`` says, for each of ``in_flight``, but a second at
         least; then the sync fails without waiting for its deadline. ``None``: a task may take as long as the sync
     :ivar release_communicators: give the communicators' memory back after each sync; the next one makes them anew
+    :ivar release_memory: let go, before each sync's commit, of all that keeps weights' memory from being freed: others'
+        mappings of it, and references to the shards. For actors that offload their weights between syncs, in an
+        ``after_commit`` hook for one; the next sync maps anew what is pulled
     :ivar checksum: sum up what is sent and what was written, and compare
     :ivar when_busy: what becomes of a call while another is under way: ``"raise"``: it is refused; ``"queue"``: it
         waits; ``"coalesce"``: it waits, and all that wait are served by one sync to the newest of their versions
@@ -82,6 +86,7 @@ class SyncOptions:
     staging: Staging = "in_place"
     task_allowance: float | None = None
     release_communicators: bool = False
+    release_memory: bool = False
     checksum: bool = True
     when_busy: Literal["raise", "queue", "coalesce"] = "raise"
     retries: int = 0
@@ -101,7 +106,7 @@ class SyncOptions:
             sound = isinstance(value, int) and not isinstance(value, bool)
             _require(sound or (optional and value is None), name, value, "an integer")
 
-        for name in ("checksum", "release_communicators"):
+        for name in ("checksum", "release_communicators", "release_memory"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
         _require(self.transport in get_args(Transport), "transport", self.transport, "auto, nccl, ipc or gloo")

@@ -125,8 +125,9 @@ class SyncRun:
             await validate(self._actors, self._name, preparation, self.request.progress)
 
     async def _commit_everywhere(self, moved: _Moved) -> HookSeconds:
-        if self._options.release_communicators and self._connection.transport:
-            await self._connection.release(self._name)
+        communicators, memory = self._to_release()
+        if communicators or memory:
+            await self._connection.release(self._name, communicators=communicators, memory=memory)
 
         # In place the bytes are there already: who has them all may as well say so.
         in_shadow = self._options.staging == "shadow"
@@ -244,7 +245,12 @@ class SyncRun:
             # An actor's last task ends with the last of all receivers': that is no measure of its own.
             return False
 
-        return bool(preparation.agreeing) and not (self._options.release_communicators and self._connection.transport)
+        return bool(preparation.agreeing) and not any(self._to_release())
+
+    def _to_release(self) -> tuple[bool, bool]:
+        """Tell whether communicators are to be given back before the commit, and what keeps weights' memory."""
+        options = self._options
+        return options.release_communicators and bool(self._connection.transport), options.release_memory
 
     def _fits(self, began: list[Began], preparation: Preparation) -> bool:
         """Tell whether the actors are as they were when ``preparation`` was made, where they were, and not ahead."""

@@ -132,6 +132,7 @@ class Agent:
         self._shadow: Shadow | None = None
         self._shadow_of: Memory | None = None
         self._in_shadow = False
+        self._forgets = False
         self._live: tuple[Shard, ...] = ()
         self._received: dict[str, frozenset[str]] = {}
         self.version: int | None = None
@@ -367,7 +368,7 @@ class Agent:
                     session.give_up(session.run.name, "another sync, of this group or of another, began on this actor")
 
             if live is not self._memory:
-                is_first = self._memory is None
+                is_first = self._moves == 0
                 self._memory = live
                 self._moves += 1
                 self._unshared = why_not_shared(live) if live.device.type == "cuda" else "it is host memory"
@@ -382,6 +383,7 @@ class Agent:
             memory = self._second_copy(live).memory if request.shadow else live
             run = Run(request.run, request.actor, memory)
             self._was_torn = before.torn
+            self._forgets = False
             self._in_shadow = request.shadow
             self._live = shards if request.shadow else ()
             run.wrote = before.torn and not request.shadow
@@ -504,6 +506,9 @@ class Agent:
 
             run.wrote = self._was_torn
             session.run = None
+            if self._forgets:
+                # Whoever owns the shards may free them from here on, in its after_commit hook for one.
+                self._memory, self._shadow_of, self._written_by, self._live = None, None, None, ()
 
         return Committed(seconds)
 
@@ -525,7 +530,9 @@ class Agent:
             session = self._sessions.pop(request.group, None)
             self._received.pop(request.group, None)
             if not self._sessions:
+                self._was_torn = self.torn
                 self._shadow, self._shadow_of, self._live = None, None, ()
+                self._memory, self._written_by = None, None
 
         if session is not None:
             session.close()
@@ -563,7 +570,13 @@ class Agent:
 
     def _disconnect(self, session: Session, request: Disconnect) -> Done:
         session.current(request.run)
-        session.disconnect()
+        if request.communicators:
+            session.disconnect()
+
+        if request.memory:
+            session.detach()
+            self._forgets = True
+
         return Done()
 
     def _compare(self, session: Session, request: Compare, attachments: tuple[object, ...]) -> Reply:

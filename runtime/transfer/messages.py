@@ -215,9 +215,16 @@ class Attach:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """Asks an actor to give back its communicators and staging memory until they are needed again."""
+    """
+    Asks an actor to give back what it keeps from sync to sync, until that is needed again.
+
+    :ivar communicators: these, and staging memory
+    :ivar memory: its mappings of others' memory, and, as the run ends, what keeps its own shards' memory
+    """
 
     run: RunId
+    communicators: bool = True
+    memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,6 +213,15 @@ class Session:
         """Give back communicators and staging memory; the next connection makes them anew. On the lane."""
         self._drop_connection(abort=False)
 
+    def detach(self) -> None:
+        """Unmap others' memory and forget where the shards are; the next :meth:`attach` maps it anew. On the lane."""
+        puller, self._puller = self._puller, None
+        if puller is not None:
+            puller.close()
+
+        self._tables = None
+        self._exported = None
+
     def load(self, program: Program) -> None:
         """Take on a program. On the lane."""
         self._program = program

@@ -63,7 +63,8 @@ class TransferWorker:
     def after_commit(self, version: int) -> Awaitable[None] | None:
         """
         Go on with ``version``: resume the engine. Called once every actor has committed. When it raises, the sync fails
-        but all replicas have the version.
+        but all replicas have the version. Weights that are offloaded here are freed only with ``release_memory=True``:
+        other actors have mapped them.
         """
         return None
 

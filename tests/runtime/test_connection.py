@@ -229,7 +229,7 @@ async def test_communicators_are_given_back_and_pulls_outlive_them() -> None:
     driver, preparation = Driver(), prepared((0, 3))
     await driver.ensure(preparation)
     driver.actors.take()
-    await driver.connection.release(RUN)
+    await driver.connection.release(RUN, communicators=True, memory=False)
     assert driver.actors.take() == [(actor, "Disconnect") for actor in range(5)]
     assert driver.connection.transport == ""
     assert await driver.ensure(preparation) is True
