@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar, cast
 
@@ -20,6 +21,7 @@ from wavecast.runtime import errors
 from wavecast.runtime.notices import Notices, Told
 from wavecast.runtime.transfer.messages import (
     Abort,
+    Brief,
     Close,
     Failure,
     Request,
@@ -71,7 +73,7 @@ Answer: TypeAlias = "ray.ObjectRef[bytes]"
 
 
 @dataclass(frozen=True, slots=True)
-class RayHost:
+class RayHost(Brief):
     """
     What an agent asks of the Ray worker it runs in. Travels with each request.
 
@@ -153,15 +155,58 @@ class RayActors:
 
         :raises SyncError: the actor's own failure, or its death, as the class that fits, naming the actor
         """
-        call = self._running[ref]
-        actor = call.actor
+        actor = self._running[ref].actor
         try:
-            reply = decode(await ref) if call.told is None else await _first(ref, call.told)
+            answer = await ref
         except RayError as error:
             # A cancelled await leaves the reference on the list, for abort() to end; any answer takes it off.
             self._running.pop(ref, None)
             raise _from_ray(error, actor) from error
 
+        return self._read(ref, actor, decode(answer), expected)
+
+    def hear(
+        self,
+        refs: Sequence[ray.ObjectRef[bytes]],
+        expected: type[R],
+        note: Callable[[int, R], object] = lambda place, reply: None,
+    ) -> asyncio.Future[list[R]]:
+        """
+        Return the future of several answers, in order, or of what their actors tell ahead of them.
+
+        The first failure ends it, as :meth:`answer` would raise it. No task waits for any of them: each would wake up
+        in a turn of the loop of its own.
+
+        :param note: called with the place and the answer of each as it comes, until the future is done
+        """
+        ended: asyncio.Future[list[R]] = asyncio.get_running_loop().create_future()
+        # Who is cancelled does not look at it any more.
+        ended.add_done_callback(lambda done: done.cancelled() or done.exception())
+        replies: dict[int, R] = {}
+
+        def take(place: int, ref: ray.ObjectRef[bytes], actor: int, answer: Callable[[], object]) -> None:
+            if ended.done():
+                return
+
+            try:
+                reply = replies[place] = self._read(ref, actor, answer(), expected)
+                note(place, reply)
+            except RayError as error:
+                self._running.pop(ref, None)
+                ended.set_exception(_from_ray(error, actor))
+            except Exception as error:
+                ended.set_exception(error)
+            else:
+                if len(replies) == len(refs):
+                    ended.set_result([replies[number] for number in range(len(refs))])
+
+        for place, ref in enumerate(refs):
+            call = self._running[ref]
+            _when_heard(ref, call.told or Told(), functools.partial(take, place, ref, call.actor))
+
+        return ended
+
+    def _read(self, ref: ray.ObjectRef[bytes], actor: int, reply: object, expected: type[R]) -> R:
         self._running.pop(ref, None)
         if isinstance(reply, Failure):
             raise _from_failure(reply, actor)
@@ -276,27 +321,18 @@ class RayActors:
                 tasks.start_soon(_settled, ref)
 
 
-async def _first(ref: ray.ObjectRef[bytes], told: Told) -> object:
-    """
-    Return the answer behind ``ref``, or what was told ahead of it: whichever comes first.
-
-    One future for both, and no task for the answer: each turn of the loop comes after the last byte.
-    """
+def _when_heard(ref: ray.ObjectRef[bytes], told: Told, take: Callable[[Callable[[], object]], object]) -> None:
+    """Call ``take`` with what returns the answer, or what was told ahead of it: whichever comes first."""
     loop = asyncio.get_running_loop()
     answer = ref.future()
-
-    def wake() -> None:
-        if not told.done():
-            told.set_result(None)
 
     def call_home(_: object) -> None:
         # On a thread of Ray's, perhaps long after the sync, when the loop may be closed.
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(wake)
+            loop.call_soon_threadsafe(told.tell, None)
 
+    told.then(lambda found: take((lambda: decode(answer.result())) if found is None else (lambda: found)))
     answer.add_done_callback(call_home)
-    found = await told
-    return decode(answer.result()) if found is None else found
 
 
 async def _settled(ref: ray.ObjectRef[bytes]) -> None:

@@ -75,6 +75,9 @@ class CommitPhase:
             for actor, version in versions.items()
             if actor not in self.closed
         }
+        if not refs:
+            return
+
         failures: list[SyncError] = []
 
         async def hear(actor: int, ref: Answer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -106,14 +107,14 @@ class ParameterSyncGroup:
         self._require_open()
         _check_version(version)
         seconds = self._seconds(deadline)
-        called = anyio.current_time()
+        called = time.monotonic()
         asked = SyncRequest(version, seconds, only, validate, dry_run, progress)
         caller = self._turns.arrive(asked)
         async with self._turns.turn(caller, seconds):
             if caller.report is not None:
                 return caller.report
 
-            request = replace(self._turns.gather(asked), waited=anyio.current_time() - called)
+            request = replace(self._turns.gather(asked), waited=time.monotonic() - called)
             report = await self._until_done(request)
             self._turns.share(report)
             return report
@@ -251,7 +252,7 @@ class ParameterSyncGroup:
         if lineup.versions.met:
             lineup.versions.next(request.version)
 
-        ends = anyio.current_time() + request.seconds_left
+        ends = time.monotonic() + request.seconds_left
         retries, attempts = self._options.retries, 1
         indices = list(range(len(lineup.versions)))
         before = tuple(indices)
@@ -266,7 +267,7 @@ class ParameterSyncGroup:
 
                 raise
             except errors.SyncError as error:
-                left = ends - anyio.current_time()
+                left = ends - time.monotonic()
                 if self._runner.closed or left <= 0:
                     raise
 
@@ -277,14 +278,13 @@ class ParameterSyncGroup:
 
                 forgiven, attempts = error, attempts + 1
                 version = error.version if request.version is None else request.version
-                request = replace(request, version=version, waited=request.deadline - (ends - anyio.current_time()))
+                request = replace(request, version=version, waited=request.deadline - (ends - time.monotonic()))
 
-        return replace(
-            report,
-            attempts=attempts,
-            dropped=tuple(index for index in before if index not in indices),
-            lost_trainers=len(lineup.members.lost),
-        )
+        dropped, lost = tuple(index for index in before if index not in indices), len(lineup.members.lost)
+        if attempts == 1 and not lost and not dropped:
+            return report
+
+        return replace(report, attempts=attempts, dropped=dropped, lost_trainers=lost)
 
     async def _plan_around(self, error: errors.SyncError, seconds: float, indices: list[int]) -> bool:
         """

@@ -7,19 +7,40 @@ import contextlib
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
 
 from wavecast.runtime.transfer.messages import StepDone
 from wavecast.runtime.transfer.slip import MOST_NBYTES, TOKEN_NBYTES, Slip, read_notice
 
 __all__ = ("Notices", "Told", "listening")
 
-#: What an actor tells ahead of its answer; ``None`` once the answer itself is there.
-Told: TypeAlias = "asyncio.Future[StepDone | None]"
-
 #: Datagrams that are read before the event loop goes on with something else.
 _AT_ONCE = 64
+
+
+class Told:
+    """
+    What an actor will tell ahead of its answer, which may be nothing. On the event loop's thread alone.
+
+    Who wants to know is called at once: a future would call in the next turn of the loop, and each comes after the last
+    byte.
+    """
+
+    __slots__ = ("_call", "done")
+
+    def __init__(self) -> None:
+        self.done = False
+        self._call: Callable[[StepDone | None], object] = lambda found: None
+
+    def then(self, call: Callable[[StepDone | None], object]) -> None:
+        """Call ``call`` with what is told, or with ``None`` once the answer itself is there. Before either."""
+        self._call = call
+
+    def tell(self, found: StepDone | None) -> None:
+        """Say what was told; what comes second is no news."""
+        if not self.done:
+            self.done = True
+            self._call(found)
 
 
 class Notices:
@@ -35,9 +56,9 @@ class Notices:
         self._expected: dict[bytes, Told] = {}
 
     def issue(self) -> tuple[Slip, Told]:
-        """Return a slip to send along with a call, and the future of what is told by it, which may never come."""
+        """Return a slip to send along with a call, and what is told by it, which may never come."""
         slip = Slip(self._address, secrets.token_bytes(TOKEN_NBYTES))
-        told = self._expected[slip.token] = asyncio.get_running_loop().create_future()
+        told = self._expected[slip.token] = Told()
         return slip, told
 
     def read(self) -> None:
@@ -52,9 +73,7 @@ class Notices:
             token = notice[:TOKEN_NBYTES]
             found = read_notice(notice) if token in self._expected else None
             if found is not None:
-                told = self._expected.pop(token)
-                if not told.done():
-                    told.set_result(found)
+                self._expected.pop(token).tell(found)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.request import SyncRequest
 from wavecast.runtime.transfer.messages import Began, Begin, CloseRun, RunId, RunStep, Standing, Status
 
-__all__ = ("HeadStart", "ask_to_begin", "ask_versions", "head_starts", "hear_begins")
+__all__ = ("HeadStart", "ask_to_begin", "ask_versions", "head_starts", "hear_begins", "note_begins")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,12 @@ async def hear_begins(
     :raises SyncError: when an actor died or failed, or a source's own weights are torn
     :raises ValidationError: when the sources are to be scanned and hold NaN
     """
-    replies = dict(zip(asked, await known.actors.answers(list(asked.values()), Began), strict=True))
+    replies = await known.actors.answers(list(asked.values()), Began)
+    return note_begins(known, version, request, dict(zip(asked, replies, strict=True)))
+
+
+def note_begins(known: Known, version: int | None, request: SyncRequest, replies: Mapping[int, Began]) -> list[Began]:
+    """Return what was said at the begins, noted and checked as :func:`hear_begins` does."""
     _observe(known, {actor: reply.standing for actor, reply in replies.items()})
     known.paused = any("before_sync" in reply.hooks for reply in replies.values())
     known.hooked = any(reply.hooks for reply in replies.values())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal
 
 from wavecast.runtime.preparation import Preparation
-from wavecast.runtime.report import PhaseSeconds, SyncReport
+from wavecast.runtime.report import HookSeconds, PhaseSeconds, SyncReport
 from wavecast.runtime.stopwatch import Stopwatch
 from wavecast.runtime.transfer.messages import Finished
 from wavecast.scheduler import RunReport
@@ -25,9 +26,13 @@ def make_report(
     connected: bool,
     communicator_bytes: int,
     device: str,
+    staging: Literal["in_place", "shadow"],
+    shadow_bytes: int,
+    pause_seconds: float,
+    hooks: HookSeconds,
 ) -> SyncReport:
     """
-    Put the report together, as far as it does not depend on the options.
+    Put the report together.
 
     :param finished: what each actor said at the end of its steps
     :param device: of the destinations' shards
@@ -71,6 +76,10 @@ def make_report(
         schedule_seconds=preparation.schedule_seconds,
         run=outcome,
         digest=preparation.digest,
+        staging=staging,
+        shadow_bytes=shadow_bytes,
+        pause_seconds=pause_seconds,
+        hooks=hooks,
     )
 
 

@@ -32,7 +32,7 @@ class Runner:
     def __init__(self) -> None:
         self.closed = False
         self._run: SyncRun | None = None
-        self._ended = anyio.Event()
+        self._ended: anyio.Event | None = None
 
     @property
     def busy(self) -> bool:
@@ -86,6 +86,7 @@ class Runner:
         self.closed = True
         if self._run is not None:
             # What of it reached an actor later would open there again what is closed here.
+            self._ended = self._ended or anyio.Event()
             self._run.scope.cancel()
             await self._ended.wait()
 
@@ -102,13 +103,13 @@ class Runner:
         if self.closed:
             raise errors.GroupClosed("the group is closed")
 
-        self._ended = anyio.Event()
         self._run = SyncRun(request, name, known)
         return self._run
 
     def _leave(self) -> None:
         self._run = None
-        self._ended.set()
+        if self._ended is not None:
+            self._ended.set()
 
     def _over(self, run: SyncRun, known: Known) -> errors.SyncError:
         """Return the error of a run whose scope was cancelled: by its deadline, or because the group was closed."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import anyio
 
 from wavecast.runtime import errors
-from wavecast.runtime.cluster import Answer, await_all
 from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.integrity import compare_checksums, own_code_failed, validate
 from wavecast.runtime.known import Known
 from wavecast.runtime.notices import Notices, listening
-from wavecast.runtime.opening import ask_to_begin, ask_versions, head_starts, hear_begins
+from wavecast.runtime.opening import ask_to_begin, ask_versions, head_starts, hear_begins, note_begins
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.tasks import task_ends
 from wavecast.runtime.preparation import Preparation
@@ -82,6 +81,7 @@ class SyncRun:
         self._finished: dict[int, Finished] = {}
         self._closed: set[int] = set()
         self._preparation: Preparation | None = None
+        self._fitting = False
         self._commit: CommitPhase | None = None
 
     async def run(self) -> SyncReport:
@@ -170,11 +170,11 @@ class SyncRun:
         with self.watch.measure("transfer"):
             began, outcome, failure = await self._begin_and_transfer(preparation)
 
-        if outcome is not None and self._fits(began, preparation):
+        if outcome is not None and self._fitting:
             return _Moved(began, preparation, outcome, since)
 
         # A step of other layouts fails by itself, and may do so long before its peers say that they begin.
-        changed = len(began) == len(self._actors) and not self._fits(began, preparation)
+        changed = len(began) == len(self._actors) and not self._fitting
         if failure is not None and not (isinstance(failure, errors.LayoutError) or changed):
             raise failure
 
@@ -196,36 +196,52 @@ class SyncRun:
         closing = self._versions_to_commit() if self._may_close(preparation) else None
         starts = head_starts(self._known, preparation, self._name, closing, seconds=self._seconds_left)
         began: list[Began] = []
-        refusals: list[errors.SyncError] = []
+        refusals: list[Exception] = []
         failures: list[errors.SyncError] = []
-        moving = anyio.CancelScope()
 
         # The begins leave first, and at once: an actor takes its calls in the order in which they were sent. The first
         # steps go with them, whatever becomes of the next begin.
         self.touched.update(actor for actor, start in enumerate(starts) if start.ahead and actor >= self._known.sources)
         asked = ask_to_begin(self._known, self._name, self.version, self.request, starts)
+        moving, noted = anyio.CancelScope(), anyio.Event()
 
-        async def hear_all() -> None:
+        def note(heard: asyncio.Future[list[Began]]) -> None:
             try:
-                began.extend(await hear_begins(self._known, self.version, self.request, asked))
-            except errors.SyncError as error:
+                if not heard.cancelled():
+                    replies = dict(zip(asked, heard.result(), strict=True))
+                    began.extend(note_begins(self._known, self.version, self.request, replies))
+            except errors.SyncAborted as error:
                 # One that was given up because a step had failed has nothing to tell.
-                (failures if isinstance(error, errors.SyncAborted) else refusals).append(error)
+                failures.append(error)
+            except Exception as error:
+                refusals.append(error)
 
-            if not self._fits(began, preparation):
+            self._fitting = self._fits(began, preparation)
+            if not self._fitting:
                 moving.cancel()
 
+            noted.set()
+
+        # No task waits for them: at the end of the run it would have to be waited for in its turn.
+        hearing = self._actors.hear(list(asked.values()), Began)
+        hearing.add_done_callback(note)
         outcome: RunReport | None = None
-        async with anyio.create_task_group() as group:
-            group.start_soon(hear_all)
+        try:
             with moving:
                 try:
                     outcome = await self._transfer(preparation)
                 except errors.SyncError as error:
                     failures.insert(0, error)
                     # What failed may be a begin, which then tells more.
-                    await anyio.sleep(_BEGIN_SECONDS)
-                    group.cancel_scope.cancel()
+                    with anyio.move_on_after(_BEGIN_SECONDS):
+                        await noted.wait()
+
+                    hearing.cancel()
+
+            if not noted.is_set():
+                await noted.wait()
+        finally:
+            hearing.cancel()
 
         if refusals:
             raise refusals[0]
@@ -403,21 +419,8 @@ class SyncRun:
                 )
                 for member in task.members
             ]
-            return finish(task, refs)
-
-        async def hear(member: int, ref: Answer) -> StepDone:
             # Noted as it comes: what one member has done stands, whatever becomes of the others.
-            reply = await self._actors.answer(ref, StepDone)
-            if reply.finished is not None:
-                self._finished[member] = reply.finished
-
-            if reply.closed:
-                self._closed.add(member)
-
-            return reply
-
-        async def finish(task: Task, refs: list[Answer]) -> list[StepDone]:
-            return await await_all([hear(member, ref) for member, ref in zip(task.members, refs, strict=True)])
+            return self._actors.hear(refs, StepDone, lambda place, reply: self._note(task.members[place], reply))
 
         async def abort(tasks: tuple[Task, ...]) -> None:
             await self.abort(f"task {tasks[0].id} was given up" if tasks else "the run was given up")
@@ -454,6 +457,13 @@ class SyncRun:
         except RunTimeout as timeout:
             raise self.timeout(timeout.unfinished) from timeout
 
+    def _note(self, actor: int, reply: StepDone) -> None:
+        if reply.finished is not None:
+            self._finished[actor] = reply.finished
+
+        if reply.closed:
+            self._closed.add(actor)
+
     def _versions_to_commit(self) -> dict[int, int | None]:
         """Return what each actor takes on: sources keep what they have, and so do replicas that stay not whole."""
         versions: dict[int, int | None] = dict.fromkeys(range(len(self._actors)))
@@ -473,7 +483,7 @@ class SyncRun:
         if in_shadow:
             pause = commit.flip_seconds if commit is not None else 0.0
 
-        report = make_report(
+        return make_report(
             moved.preparation,
             moved.outcome,
             self._finished.values(),
@@ -484,9 +494,6 @@ class SyncRun:
             connected=moved.connected,
             communicator_bytes=self._connection.communicator_bytes,
             device=moved.began[-1].place.device,
-        )
-        return replace(
-            report,
             staging=self._options.staging,
             shadow_bytes=max(reply.shadow_bytes for reply in moved.began),
             pause_seconds=0.0 if self.request.dry_run else pause,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.runtime.local_actors import LocalActor, local
 from tests.runtime.test_task_cancellation import Stage, group_of, hold
 from wavecast.runtime.errors import SyncTimeout
-from wavecast.runtime.notices import Notices, listening
+from wavecast.runtime.notices import Notices, Told, listening
 from wavecast.runtime.transfer import slip as slips
 from wavecast.runtime.transfer.messages import Finished, RunStep, StepDone
 from wavecast.runtime.transfer.slip import MOST_NBYTES, TOKEN_NBYTES, Slip, read_notice
@@ -37,6 +37,13 @@ replies = st.builds(StepDone, st.none() | finished, st.booleans())
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+async def heard(told: Told) -> StepDone | None:
+    """Wait for what is told from now on."""
+    found: asyncio.Future[StepDone | None] = asyncio.get_running_loop().create_future()
+    told.then(found.set_result)
+    return await found
 
 
 def throw(address: bytes, *datagrams: bytes) -> None:
@@ -70,11 +77,11 @@ async def test_who_has_a_slip_is_heard_once() -> None:
         other, unheard = notices.issue()
         slip.send(REPLY)
         slip.send(StepDone())
-        assert await told == REPLY
+        assert await heard(told) == REPLY
         await asyncio.sleep(0)
-        assert not unheard.done()
+        assert not unheard.done
         other.send(StepDone())
-        assert await unheard == StepDone()
+        assert await heard(unheard) == StepDone()
 
     # Nobody listens any more, which is nothing to whoever sends.
     slip.send(REPLY)
@@ -96,7 +103,7 @@ async def test_a_stranger_is_not_heard_and_nothing_of_his_is_unpickled(tmp_path:
         forged = slips._write(secrets.token_bytes(TOKEN_NBYTES), StepDone(closed=True))
         throw(slip.address, bomb, b"", forged, slip.token, slip.token + bomb, bytes(MOST_NBYTES + 100))
         slip.send(REPLY)
-        assert await told == REPLY
+        assert await heard(told) == REPLY
         assert not (tmp_path / "mark").exists()
 
 
@@ -117,7 +124,7 @@ async def test_what_comes_without_a_token_is_not_read_any_further(monkeypatch: p
         throw(slip.address, slip.token)
         slip.send(REPLY)
         slip.send(REPLY)
-        assert await told == REPLY
+        assert await heard(told) == REPLY
         notices.read()
 
     assert read == [slip.token, slip.token]
@@ -141,7 +148,7 @@ async def test_a_flood_holds_up_the_loop_for_some_datagrams_at_a_time() -> None:
 
         notices.read()
         slip.send(REPLY)
-        assert await told == REPLY
+        assert await heard(told) == REPLY
         # The system itself takes in no more than a queue of them.
         assert turns >= 1
 
@@ -152,7 +159,7 @@ async def test_what_has_no_room_in_a_datagram_is_left_to_the_answer() -> None:
         slip, told = notices.issue()
         slip.send(StepDone(Finished((1,) * 4000, 0, 0.0)))
         slip.send(REPLY)
-        assert await told == REPLY
+        assert await heard(told) == REPLY
 
 
 async def test_where_no_socket_can_be_had_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
