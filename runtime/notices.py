@@ -74,6 +74,9 @@ class Notices:
             found = read_notice(notice) if token in self._expected else None
             if found is not None:
                 self._expected.pop(token).tell(found)
+                if not self._expected:
+                    # The last one: whoever waits for it goes on before anybody looks for more.
+                    return
 
 
 @contextlib.contextmanager
