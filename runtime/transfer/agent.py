@@ -401,7 +401,7 @@ class Agent:
             if request.layout is not None and request.layout != self._digest:
                 own.refuse(run, request.ahead)
             else:
-                own.ring(run)
+                own.announcer.begin(run)
                 if request.close is not None:
                     self._let_close(own, run, request.close, before, idle=not request.ahead)
 
@@ -439,7 +439,7 @@ class Agent:
         known = -1 if close.newest is None else close.newest
         ahead = close.version is not None and before.version is not None and before.version > known
         if ahead or (close.version is None and before.torn):
-            session.refuse_to_close(run)
+            session.announcer.refuse_to_close(run)
             return
 
         def end() -> None:

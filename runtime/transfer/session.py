@@ -13,15 +13,14 @@ import torch
 from wavecast.runtime import errors
 from wavecast.runtime.collector import collector_paused
 from wavecast.runtime.transfer.agreement import Ending, agree
-from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Board
+from wavecast.runtime.transfer.announcer import Announcer
+from wavecast.runtime.transfer.board import AGREED, SUMMED
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence
-from wavecast.runtime.transfer.comm_ipc import IpcCommunicator
-from wavecast.runtime.transfer.comm_ported import connect_ported
-from wavecast.runtime.transfer.comm_torch import GlooCommunicator, NcclCommunicator, Rendezvous, host_store, join_store
 from wavecast.runtime.transfer.copying import Copier, TensorCopier
 from wavecast.runtime.transfer.fused import FusedCopier, Tables, Tally
 from wavecast.runtime.transfer.futures import Promise, item_of, pass_on
 from wavecast.runtime.transfer.lane import Lane
+from wavecast.runtime.transfer.meeting import Meeting
 from wavecast.runtime.transfer.memory import Memory
 from wavecast.runtime.transfer.messages import (
     Addresses,
@@ -37,7 +36,6 @@ from wavecast.runtime.transfer.messages import (
 from wavecast.runtime.transfer.program import Bucket, Program, Step, fill_buckets
 from wavecast.runtime.transfer.pull import Puller, Turn, export_addresses
 from wavecast.runtime.transfer.run import Run
-from wavecast.runtime.transfer.sealed_store import SealedStore
 from wavecast.runtime.transfer.staging import Leg, Staging
 
 __all__ = ("Session",)
@@ -59,11 +57,13 @@ class Session:
 
     :ivar run: the run under way, if any
     :ivar under_way: the first parts of what was started ahead are
+    :ivar announcer: says on the actor's board how runs begin and end
     """
 
     def __init__(self) -> None:
         self.under_way = threading.Event()
         self.lane = Lane("wavecast-transfer")
+        self.announcer = Announcer()
         self.run: Run | None = None
         self._waits = Lane("wavecast-arrivals")
         self._lock = threading.RLock()
@@ -74,10 +74,7 @@ class Session:
         self._staging: Staging | None = None
         self._puller: Puller | None = None
         self._tables: Tables | None = None
-        self._board: Board | None = None
-        self._exported: Memory | None = None
-        self._rung: RunId | None = None
-        self._stores: dict[str, torch.distributed.Store] = {}
+        self._meeting = Meeting()
         self._started: dict[tuple[RunId, int], Promise[Reply]] = {}
         self._epoch = 0
         self._ended: tuple[RunId | None, str] = (None, "")
@@ -146,10 +143,10 @@ class Session:
             run = self.run
             if run is None or run.name != name:
                 # It may have ended by itself; an actor that begins it only now must not read what is here by then.
-                self._take_back(name, agreed=False)
+                self.announcer.take_back(name, agreed=False)
                 return
 
-            self._take_back(name, agreed=True)
+            self.announcer.take_back(name, agreed=True)
             self.run = None
             self._epoch += 1
             self._ended = (name, reason)
@@ -170,12 +167,6 @@ class Session:
                 self.lane = Lane("wavecast-transfer")
                 self._waits = Lane("wavecast-arrivals")
 
-    def _take_back(self, name: RunId, *, agreed: bool) -> None:
-        if self._board is not None and self._rung == name:
-            # On a device that has failed there is nothing left to take back.
-            with contextlib.suppress(RuntimeError):
-                self._board.take_back(name.serial, agreed=agreed)
-
     def close(self) -> None:
         """Release everything. The session must not be used again."""
         with self._lock:
@@ -186,8 +177,8 @@ class Session:
             self._program = None
             self._buckets = {}
             self._tables = None
-            self._exported = None
-            self._stores.clear()
+            self.announcer.export(None)
+            self._meeting.close()
             self._drop_connection(abort=False)
             puller, self._puller = self._puller, None
             if puller is not None:
@@ -200,9 +191,7 @@ class Session:
 
     def host_store(self, request: HostStore, address: str) -> int:
         """Open the rendezvous of a connection and return its port."""
-        store, port = host_store(address, seconds=request.seconds)
-        self._stores = {request.connection: store}
-        return port
+        return self._meeting.host(request, address)
 
     def connect(self, request: Connect, address: str) -> Future[Reply]:
         """Build this actor's end of a connection on the lane."""
@@ -220,7 +209,7 @@ class Session:
             puller.close()
 
         self._tables = None
-        self._exported = None
+        self.announcer.export(None)
 
     def load(self, program: Program) -> None:
         """Take on a program. On the lane."""
@@ -230,10 +219,9 @@ class Session:
         if self._puller is not None:
             self._puller.take_on(program)
 
-        steps = len(program.steps)
-        if self.run is not None and self.run.memory.device.type == "cuda" and not self._has_room(steps):
-            # Whether others read it is not known yet, but to make one takes 0.1 s the first time.
-            self._board = Board(steps, self.run.memory.device)
+        if self.run is not None and self.run.memory.device.type == "cuda":
+            # Whether others will read it is not known yet, but now is the time to make it.
+            self.announcer.make_room(len(program.steps), self.run.memory.device)
 
         sends = any(step.sender == program.actor for step in program.steps)
         self._forwards = sends and any(program.actor in step.receivers for step in program.steps)
@@ -246,29 +234,19 @@ class Session:
     def export(self, name: RunId) -> Addresses:
         """Say where the cuts lie that others pull from this actor, and let them. On the lane."""
         run, program = self.current(name), self._loaded()
-        if self._board is None:
+        board = self.announcer.board
+        if board is None:
             raise errors.SyncError("the actor was asked for its addresses before it had its program on a GPU")
 
         memory = self.memory_of(run)
         with collector_paused():
-            addresses = export_addresses(program, memory, self._board)
+            addresses = export_addresses(program, memory, board)
 
-        self._exported = run.memory
-        self.ring(run)
+        self.announcer.export(run.memory)
+        self.announcer.begin(run)
         # While the receivers map what they were told. What fails here fails again where it is answered for.
         self.lane.submit(lambda: self._prepare_sends(run, memory))
         return addresses
-
-    def ring(self, run: Run) -> None:
-        """
-        Tell others that ``run`` has begun, as soon as what the device has to do before is done.
-
-        Nothing will be vouched for that is not, or no longer, where they believe it to be.
-        """
-        self._rung = run.name
-        if self._board is not None:
-            self._board.begin(run.name.serial, run.ready)
-            run.lends = run.memory is self._exported
 
     def let_close(self, run: Run, peers: tuple[int, ...], close: Callable[[], object]) -> None:
         """
@@ -282,22 +260,11 @@ class Session:
     def refuse(self, run: Run, requests: Sequence[RunStep]) -> None:
         """Start none of the steps of ``run``: they were planned for another layout. Peers are told as well."""
         error = errors.LayoutError("the actor holds another layout than the one the run was planned for")
-        # What is said of it now stays true.
-        self._rung = None
-        if self._board is not None:
-            self._board.post(BEGUN, -run.name.serial)
-
-        self.refuse_to_close(run)
+        self.announcer.refuse(run)
         run.next_step = len(requests)
         self._started = {(request.run, request.step): Promise() for request in requests}
         for future in self._started.values():
             future.set_exception(error)
-
-    def refuse_to_close(self, run: Run) -> None:
-        """Let nobody end ``run`` before the driver does: no peer that waits for this actor is left waiting."""
-        if self._board is not None:
-            self._board.post(SUMMED, -run.name.serial)
-            self._board.post(AGREED, -run.name.serial)
 
     def attach(self, name: RunId, found: Mapping[int, Addresses]) -> None:
         """Map what this actor pulls from, and work out all that is pulled. On the lane."""
@@ -354,30 +321,8 @@ class Session:
         return Connected(started - deadline.left, communicator.device_bytes)
 
     def _join(self, request: Connect, address: str, device: torch.device, deadline: Deadline) -> Communicator:
-        """Meet the other members at the store, and return this actor's end. The one place where they meet."""
-        store = self._stores.pop(request.connection, None)
-        if store is None:
-            store = join_store(request.host, request.port, seconds=deadline.left)
-
-        rendezvous = Rendezvous(
-            SealedStore(store, secret=request.secret),
-            key=request.connection,
-            host=address,
-            rank=request.rank,
-            size=request.size,
-            groups=request.groups,
-            edges=request.edges,
-            deadline=deadline,
-        )
-        match request.transport:
-            case "nccl" if request.owners:
-                return connect_ported(rendezvous, device, owners=request.owners, secret=request.secret)
-            case "nccl":
-                return NcclCommunicator(rendezvous, device)
-            case "ipc":
-                return IpcCommunicator(rendezvous, device)
-            case _:
-                return GlooCommunicator(rendezvous)
+        """Meet the other members, and return this actor's end. The one place where they meet."""
+        return self._meeting.join(request, address, device, deadline)
 
     def _allocate(self) -> None:
         """Hold two buckets, no larger than the largest that the program fills."""
@@ -482,8 +427,8 @@ class Session:
         if any(step.pull for step in program.steps):
             puller = self._pulling(memory)
             puller.begin(memory, run.ready)
-            if run.lends and self._board is not None:
-                puller.vouch(program, self._board, self._turn(run, deadline))
+            if run.lends and self.announcer.board is not None:
+                puller.vouch(program, self.announcer.board, self._turn(run, deadline))
 
     def _make_copier(self, run: Run) -> Copier:
         """Return what copies and sums up in ``run``, made at its first use: bytes that are pulled travel before."""
@@ -505,11 +450,7 @@ class Session:
         return run.copier
 
     def _tally(self, steps: int, device: torch.device) -> Tally:
-        return Tally(steps, device, self._board if self._has_room(steps) else None)
-
-    def _has_room(self, steps: int) -> bool:
-        """Tell whether there is a board for so many steps."""
-        return self._board is not None and self._board.steps >= steps
+        return Tally(steps, device, self.announcer.board if self.announcer.has_room(steps) else None)
 
     def _turn(self, run: Run, deadline: Deadline) -> Turn:
         return Turn(run.name.serial, deadline, run.check, lambda: bool(run.given_up), run.spend)
@@ -636,7 +577,7 @@ class Session:
 
     def _close_run(self, run: Run, finished: Finished, deadline: Deadline) -> bool:
         """End the run on this actor, if it may do so by itself and all agree; return whether it has ended."""
-        board, puller = self._board, self._puller
+        board, puller = self.announcer.board, self._puller
         if run.close is None or board is None or puller is None:
             return False
 
@@ -668,8 +609,8 @@ def _come_to_rest(puller: Puller | None, staging: Staging | None, communicator: 
         for stream in staging.streams():
             stream.synchronize()
 
-    if communicator is not None:
-        # What it has mapped of others' memory is read by nothing any more.
+    if communicator is not None and communicator.device.type == "cuda":
+        # What it has mapped of others' memory is read by nothing any more. Gloo maps none, and may take its time.
         communicator.close()
 
 

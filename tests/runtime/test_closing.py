@@ -63,9 +63,9 @@ def agreeing(stage: GpuStage, reader: LocalActor, peer: LocalActor) -> asyncio.E
     """Return what is set once ``reader`` has looked whether ``peer`` agrees, a second time too."""
     found, loop = asyncio.Event(), asyncio.get_running_loop()
     (session,) = peer.agent._sessions.values()
-    assert session._board is not None
+    assert session.announcer.board is not None
     # Of an engine's board nothing else is of use to another engine.
-    board = session._board.page.data_ptr()
+    board = session.announcer.board.page.data_ptr()
     looks: list[int] = []
 
     def look(gpu: int, address: int) -> None:
@@ -306,9 +306,9 @@ async def test_torn_weights_of_a_source_are_refused_and_no_receiver_is_left_wait
         await begun.wait()
         machine.advance()
         (session,) = source._sessions.values()
-        assert session._board is not None
-        serial = int(session._board.page[BEGUN])
-        assert session._board.page[: AGREED + 1].tolist() == [serial, -serial, -serial]
+        assert session.announcer.board is not None
+        serial = int(session.announcer.board.page[BEGUN])
+        assert session.announcer.board.page[: AGREED + 1].tolist() == [serial, -serial, -serial]
         gate.set()
         start = time.monotonic()
         with pytest.raises(SyncError, match="a source's weights are torn"):
