@@ -22,6 +22,7 @@ from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTime
 from wavecast.runtime.transfer.compare import compare_step, read_step
 from wavecast.runtime.transfer.futures import Promise, pass_on
 from wavecast.runtime.transfer.hooks import Hook, HookCall, Hooks, call_hooks, call_hooks_async
+from wavecast.runtime.transfer.lending import why_not_shared
 from wavecast.runtime.transfer.memory import Memory, count_nan
 from wavecast.runtime.transfer.messages import (
     Abort,
@@ -58,7 +59,6 @@ from wavecast.runtime.transfer.messages import (
     StoreAddress,
 )
 from wavecast.runtime.transfer.program import Program
-from wavecast.runtime.transfer.pull import why_not_shared
 from wavecast.runtime.transfer.run import Run
 from wavecast.runtime.transfer.session import Session
 from wavecast.runtime.transfer.shadow import Shadow

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import operator
-import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from wavecast.runtime.errors import SyncError
 from wavecast.runtime.layout.dtypes import itemsize
+from wavecast.runtime.transfer.arrivals import Arrival, Part, make_parts
 from wavecast.runtime.transfer.board import Board, Boards, index_of
 from wavecast.runtime.transfer.comm import CudaFence, Deadline, Fence
 from wavecast.runtime.transfer.cuda_memory import (
-    CopyBatch,
-    Exporter,
-    allocation_of,
     close_memory,
     make_current,
     open_memory,
 )
 from wavecast.runtime.transfer.fused import Tally
-from wavecast.runtime.transfer.memory import Memory, Watch, strided
+from wavecast.runtime.transfer.memory import Memory, strided
 from wavecast.runtime.transfer.messages import Addresses
-from wavecast.runtime.transfer.parts import Lent, fill_parts, is_small, lend, on_wire, touched_cuts
+from wavecast.runtime.transfer.parts import Lent, lend, on_wire
 from wavecast.runtime.transfer.program import Cut, Program, Step
-from wavecast.runtime.transfer.segments import Segment, Strided, join_segments, pair_segments
+from wavecast.runtime.transfer.segments import Segment, join_segments, pair_segments
 from wavecast.runtime.transfer.tables import Table, build_tables, copy_table, sum_source
 
-__all__ = ("Puller", "Turn", "export_addresses", "why_not_shared")
-
-#: A row of at least so many bytes goes by a copy engine, which is faster than a kernel there: between two H200 379 GB/s
-#: at 4 MiB and 388 at 8 MiB against 373, but 363 at 2 MiB. Both at once are no faster than the better of them.
-_ENGINE_NBYTES = 4 << 20
-#: Tensors whose allocations are tried, from all over, before an actor says that its memory can be shared.
-_TRIED = 32
+__all__ = ("Puller", "Turn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,85 +44,6 @@ class Turn:
     check: Callable[[], None]
     given_up: Callable[[], bool]
     spend: Callable[[float], None]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """
-    What is started together.
-
-    :ivar batch: contiguous copies, and ``copies`` the others
-    :ivar sums: what was written
-    :ivar needs: bytes of the step, in wire order, that the sender must vouch for
-    :ivar watch: the tensors that are written to
-    :ivar is_small: to sum it up with all of the device holds up nobody for long
-    """
-
-    batch: CopyBatch | None
-    copies: tuple[Table, ...]
-    sums: tuple[Table, ...]
-    needs: int
-    watch: Watch
-    is_small: bool
-
-
-class _Arrival:
-    """The fence of a part: its bytes are there, and so are the tensors they were meant for."""
-
-    def __init__(self, fences: Sequence[CudaFence], watch: Watch, spend: Callable[[float], None]) -> None:
-        self._fences = fences
-        self._watch = watch
-        self._spend = spend
-
-    def wait(self, deadline: Deadline) -> None:
-        for fence in self._fences:
-            fence.wait(deadline)
-
-        started = time.thread_time()
-        self._watch.require_in_place()
-        self._spend(time.thread_time() - started)
-
-
-def why_not_shared(memory: Memory) -> str:
-    """
-    Return why other processes could not map the memory, or nothing when it seems that they can.
-
-    A few allocations are tried: mostly all are of one kind, to try thousands takes 0.3 s, and one that cannot be
-    shared is noticed at the latest when it is to be.
-    """
-    exporter = Exporter()
-    make_current(index_of(memory.device))
-    addresses = sorted({address for address in memory.addresses() if address})
-    try:
-        for address in addresses[:: max(len(addresses) // _TRIED, 1)]:
-            exporter.locate(address)
-    except SyncError as error:
-        return str(error)
-
-    return ""
-
-
-def export_addresses(program: Program, memory: Memory, board: Board) -> Addresses:
-    """
-    Return where the cuts lie that others pull from this actor, and its board.
-
-    :raises TransportUnavailable: when the memory cannot be shared
-    """
-    make_current(index_of(memory.device))
-    exporter = Exporter()
-    steps: dict[int, bytes] = {}
-    for step in program.steps:
-        if step.pull and step.sender == program.actor:
-            numbers = array("q")
-            for cut in step.cuts:
-                place = strided(memory.source(cut))
-                numbers.extend((*exporter.locate(place.address), *place.strides))
-
-            steps[step.task] = numbers.tobytes()
-
-    places = {step.task: place for place, step in enumerate(program.steps)}
-    number, offset = exporter.locate(board.page.data_ptr())
-    return Addresses(tuple(exporter.handles), steps, (number, offset, board.steps), places)
 
 
 class Puller:
@@ -163,7 +73,7 @@ class Puller:
         self._pulls_far = False
         self.boards = Boards(device)
         self._memory: Memory | None = None
-        self._receiving: dict[int, tuple[_Part, ...]] = {}
+        self._receiving: dict[int, tuple[Part, ...]] = {}
         self._sending: dict[int, tuple[Table, ...]] = {}
         self._lending: tuple[Lent, ...] | None = None
         self._twins: dict[tuple[Cut, ...], int] = {}
@@ -276,7 +186,7 @@ class Puller:
         :raises LayoutError: for a tensor that is not what or where it was
         :raises MoveTimeout: when the sender does not vouch for all of it by the deadline
         """
-        before: tuple[_Part, list[torch.cuda.Event]] | None = None
+        before: tuple[Part, list[torch.cuda.Event]] | None = None
         for part in self._parts_of(step):
             self.boards.wait_vouched(step.sender, step.task, turn.serial, part.needs, turn.deadline, turn.check)
             part.watch.require_still()
@@ -286,12 +196,12 @@ class Puller:
                 self._sum_up(*before, total())
 
             before = part, copied
-            yield _Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch, turn.spend)
+            yield Arrival([CudaFence(event, turn.given_up) for event in copied], part.watch, turn.spend)
 
         if before is not None:
             self._sum_up(*before, total())
 
-    def _sum_up(self, part: _Part, copied: Sequence[torch.cuda.Event], total: torch.Tensor | None) -> None:
+    def _sum_up(self, part: Part, copied: Sequence[torch.cuda.Event], total: torch.Tensor | None) -> None:
         """Queue the sum of what a part wrote, behind its copies."""
         if total is None:
             return
@@ -304,7 +214,7 @@ class Puller:
             for table in part.sums:
                 sum_source(table, total, hurry=hurry)
 
-    def _start(self, part: _Part, *, near: bool) -> list[torch.cuda.Event]:
+    def _start(self, part: Part, *, near: bool) -> list[torch.cuda.Event]:
         """Queue the copies of a part; return the events after them."""
         streams: list[torch.cuda.Stream] = []
         if part.batch is not None:
@@ -397,85 +307,14 @@ class Puller:
 
         return found
 
-    def _parts_of(self, step: Step) -> tuple[_Part, ...]:
+    def _parts_of(self, step: Step) -> tuple[Part, ...]:
         found = self._receiving.get(step.task)
         if found is None:
-            found = self._receiving[step.task] = tuple(self._make_parts(step))
+            bases, places = self._bases[step.sender], self._remote[step.task]
+            parts = make_parts(step, self._held(), self.device, bases, places)
+            found = self._receiving[step.task] = tuple(parts)
 
         return found
-
-    def _make_parts(self, step: Step) -> Iterable[_Part]:
-        counted, others = self._pulled(step)
-        near = step.near
-        if not near:
-            # Copy engines first: they need no multiprocessor, which senders on their GPUs are summing up with by then.
-            counted.sort(key=lambda segment: segment.nbytes < _ENGINE_NBYTES)
-
-        starts = [wire for _, wire in on_wire(step.cuts)]
-        for counts, pulled in ((False, others), (True, counted)):
-            for segments in fill_parts(pulled):
-                spans = [(segment.wire, segment.wire + segment.rows * segment.nbytes) for segment in segments]
-                watch = self._held().watch(step.cuts[number] for number in touched_cuts(starts, spans))
-                yield self._part(segments, watch, max(end for _, end in spans), counted=counts, near=near)
-
-    def _pulled(self, step: Step) -> tuple[list[Segment], list[Segment]]:
-        """
-        Return the segments from the sender's memory to this actor's views.
-
-        A cut held in several views is pulled to each of them, and summed up in the last, which is in the first list.
-        Tensors that follow each other at both ends are one segment, for as long as both ends are in one allocation: a
-        copy across two of them is refused by the driver.
-        """
-        memory = self._held()
-        counted: list[tuple[tuple[int, int], Segment]] = []
-        others: list[Segment] = []
-        numbers = array("q")
-        numbers.frombytes(self._remote[step.task])
-        bases = self._bases[step.sender]
-        at = 0
-        for cut, wire in on_wire(step.cuts):
-            dims = len(cut.extent)
-            handle = numbers[at]
-            source = Strided(bases[handle] + numbers[at + 1], tuple(numbers[at + 2 : at + 2 + dims]))
-            at += 2 + dims
-            *more, last = memory.targets(cut)
-            for view in more:
-                others.extend(pair_segments(cut.extent, itemsize(cut.dtype), source, strided(view), wire=wire))
-
-            target = strided(last)
-            within = handle, allocation_of(target.address)
-            found = pair_segments(cut.extent, itemsize(cut.dtype), source, target, wire=wire)
-            counted.extend((within, segment) for segment in found)
-
-        joined = [
-            segment
-            for _, group in itertools.groupby(counted, key=operator.itemgetter(0))
-            for segment in join_segments(segment for _, segment in group)
-        ]
-        return joined, others
-
-    def _part(self, segments: list[Segment], watch: Watch, needs: int, *, counted: bool, near: bool) -> _Part:
-        # Within one GPU a kernel copies at memory's speed, several times what an engine does.
-        engine = [segment for segment in segments if segment.nbytes >= _ENGINE_NBYTES and not near]
-        rest = [segment for segment in segments if segment.nbytes < _ENGINE_NBYTES or near]
-        copies = [
-            (
-                segment.target + row * segment.target_pitch,
-                segment.source + row * segment.source_pitch,
-                segment.nbytes,
-            )
-            for segment in engine
-            for row in range(segment.rows)
-        ]
-        own = [segment._replace(source=segment.target, source_pitch=segment.target_pitch) for segment in segments]
-        return _Part(
-            CopyBatch(copies) if copies else None,
-            build_tables(join_segments(rest), self.device),
-            build_tables(join_segments(own), self.device) if counted else (),
-            needs,
-            watch,
-            is_small(segments),
-        )
 
     def _held(self) -> Memory:
         if self._memory is None:

@@ -20,6 +20,7 @@ from wavecast.runtime.transfer.copying import Copier, TensorCopier
 from wavecast.runtime.transfer.fused import FusedCopier, Tables, Tally
 from wavecast.runtime.transfer.futures import Promise, item_of, pass_on
 from wavecast.runtime.transfer.lane import Lane
+from wavecast.runtime.transfer.lending import export_addresses
 from wavecast.runtime.transfer.meeting import Meeting
 from wavecast.runtime.transfer.memory import Memory
 from wavecast.runtime.transfer.messages import (
@@ -34,7 +35,7 @@ from wavecast.runtime.transfer.messages import (
     StepDone,
 )
 from wavecast.runtime.transfer.program import Bucket, Program, Step, fill_buckets
-from wavecast.runtime.transfer.pull import Puller, Turn, export_addresses
+from wavecast.runtime.transfer.pull import Puller, Turn
 from wavecast.runtime.transfer.run import Run
 from wavecast.runtime.transfer.staging import Leg, Staging
 

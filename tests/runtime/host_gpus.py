@@ -28,7 +28,19 @@ from tests.runtime.transfer.crew import ThreadHost, Wires
 from tests.runtime.transfer.host_device import UNITS_PER_TILE, Exporter, allocation_of, walk
 from wavecast.runtime.errors import TransportUnavailable
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.transfer import agent, board, fused, pull, run, session, shadow, staging, tables
+from wavecast.runtime.transfer import (
+    agent,
+    arrivals,
+    board,
+    fused,
+    lending,
+    pull,
+    run,
+    session,
+    shadow,
+    staging,
+    tables,
+)
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence, Move
 from wavecast.runtime.transfer.memory import Memory
@@ -341,8 +353,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setattr(agent, "has_kernels", lambda: True)
     monkeypatch.setattr(agent, "warm_up", lambda device: None)
     monkeypatch.setattr(fused, "read_async", machine.fetch)
-    monkeypatch.setattr(pull, "Exporter", Exporter)
-    monkeypatch.setattr(pull, "allocation_of", allocation_of)
+    monkeypatch.setattr(lending, "Exporter", Exporter)
+    monkeypatch.setattr(lending, "make_current", machine.make_current)
+    monkeypatch.setattr(arrivals, "allocation_of", allocation_of)
     for name in ("make_current", "open_memory", "close_memory"):
         monkeypatch.setattr(pull, name, getattr(machine, name))
 
@@ -353,7 +366,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
         def __init__(self, copies: Sequence[tuple[int, int, int]]) -> None:
             self.start = functools.partial(machine.copy, copies)
 
-    monkeypatch.setattr(pull, "CopyBatch", CopyBatch)
+    monkeypatch.setattr(arrivals, "CopyBatch", CopyBatch)
     return machine
 
 

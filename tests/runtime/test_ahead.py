@@ -28,7 +28,7 @@ from wavecast.runtime import (
     SyncTimeout,
     Torn,
 )
-from wavecast.runtime.transfer import pull
+from wavecast.runtime.transfer import arrivals
 from wavecast.runtime.transfer.messages import Begin, Commit, Request
 
 __all__ = ("local",)
@@ -49,7 +49,7 @@ POISON = 0x0BADF00D
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Streams that run into each other do it in either order; copies go either way."""
     if request.param == "engine":
-        monkeypatch.setattr(pull, "_ENGINE_NBYTES", 64)
+        monkeypatch.setattr(arrivals, "_ENGINE_NBYTES", 64)
 
     before = set(threading.enumerate())
     found = host_gpus.install(monkeypatch, backwards=request.param == "engine")

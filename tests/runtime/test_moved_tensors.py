@@ -10,7 +10,7 @@ from tests.runtime.host_gpus import GpuActor, GpuStage, Kept, Machine, bits, mov
 from tests.runtime.local_actors import LocalActor, holder, local
 from tests.runtime.test_ahead import group_of, machine, warm
 from wavecast.runtime import ActorFailed, ParameterSyncGroup, Shard, Torn, TransportUnavailable
-from wavecast.runtime.transfer import agent, pull
+from wavecast.runtime.transfer import agent, lending
 from wavecast.runtime.transfer.messages import Begin, decode
 from wavecast.runtime.transfer.run import Run
 
@@ -137,7 +137,7 @@ async def test_memory_that_turns_out_not_to_be_shared_goes_another_way(
     refused = {
         view.data_ptr() >> 16 for actor in stage.trainers for view in (holder(actor).scale, holder(actor).matrix)
     }
-    tried = pull.Exporter
+    tried = lending.Exporter
 
     class Refusing(tried):  # type: ignore[misc, valid-type]
         def locate(self, address: int) -> tuple[int, int]:
@@ -147,7 +147,7 @@ async def test_memory_that_turns_out_not_to_be_shared_goes_another_way(
             return super().locate(address)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(agent, "why_not_shared", lambda memory: "")
-    monkeypatch.setattr(pull, "Exporter", Refusing)
+    monkeypatch.setattr(lending, "Exporter", Refusing)
     async with group_of(stage, transport=transport) as group:
         stage.renew(1)
         if transport == "ipc":

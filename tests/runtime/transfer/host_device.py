@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from wavecast.runtime.transfer import board, fused, pull, tables
+from wavecast.runtime.transfer import arrivals, board, fused, lending, pull, tables
 from wavecast.runtime.transfer.tables import Table
 
 #: Small, so that small tensors take several tiles.
@@ -271,12 +271,18 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Devi
     monkeypatch.setattr(fused, "read_async", fetch)
     for module in (board, pull):
         monkeypatch.setattr(module, "torch", HostTorch())
+
+    for module in (board, lending, pull):
         monkeypatch.setattr(module, "make_current", lambda index: None)
 
     for name in ("read_async", "write_word", "clear_words"):
         monkeypatch.setattr(board, name, globals()[name])
 
-    for name in ("CopyBatch", "Exporter", "allocation_of", "open_memory", "close_memory"):
+    monkeypatch.setattr(lending, "Exporter", Exporter)
+    for name in ("CopyBatch", "allocation_of"):
+        monkeypatch.setattr(arrivals, name, globals()[name])
+
+    for name in ("open_memory", "close_memory"):
         monkeypatch.setattr(pull, name, globals()[name])
 
     return DEVICE

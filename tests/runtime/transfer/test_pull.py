@@ -14,15 +14,16 @@ from tests.runtime.transfer.host_device import Device, signed, weighed_sum
 from tests.runtime.transfer.test_fused import noise, tensor_of, whole_of
 from wavecast.runtime.errors import SyncAborted, SyncError, TransportUnavailable
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.transfer import board, parts, pull, tables
+from wavecast.runtime.transfer import arrivals, board, lending, parts, pull, tables
 from wavecast.runtime.transfer.board import BEGUN, Board
 from wavecast.runtime.transfer.comm import Deadline, MoveTimeout
 from wavecast.runtime.transfer.copying import pack
 from wavecast.runtime.transfer.fused import Tally
+from wavecast.runtime.transfer.lending import export_addresses
 from wavecast.runtime.transfer.memory import Memory, as_bits
 from wavecast.runtime.transfer.messages import Addresses
 from wavecast.runtime.transfer.program import Cut, Program, Step, fill_buckets
-from wavecast.runtime.transfer.pull import Puller, Turn, export_addresses
+from wavecast.runtime.transfer.pull import Puller, Turn
 
 CPU = torch.device("cpu")
 
@@ -144,7 +145,7 @@ def arrived(pair: Pair) -> bool:
 def test_what_is_pulled_is_bit_for_bit_the_senders_and_sums_up_to_what_the_oracle_says(
     device: Device, monkeypatch: pytest.MonkeyPatch, engine_nbytes: int, least_part: int
 ) -> None:
-    monkeypatch.setattr(pull, "_ENGINE_NBYTES", engine_nbytes)
+    monkeypatch.setattr(arrivals, "_ENGINE_NBYTES", engine_nbytes)
     monkeypatch.setattr(parts, "_LEAST_PART_NBYTES", least_part)
     pair = odd_pair()
     pair.attach()
@@ -316,9 +317,9 @@ def test_memory_that_cannot_be_shared_says_why(device: Device, monkeypatch: pyte
             raise TransportUnavailable("cuIpcGetMemHandle failed with CUDA_ERROR_INVALID_VALUE (1)")
 
     memory = Memory([Shard("w", torch.zeros(3), (0,), (3,))])
-    assert pull.why_not_shared(memory) == ""
-    monkeypatch.setattr(pull, "Exporter", Refusing)
-    assert pull.why_not_shared(memory) == "cuIpcGetMemHandle failed with CUDA_ERROR_INVALID_VALUE (1)"
+    assert lending.why_not_shared(memory) == ""
+    monkeypatch.setattr(lending, "Exporter", Refusing)
+    assert lending.why_not_shared(memory) == "cuIpcGetMemHandle failed with CUDA_ERROR_INVALID_VALUE (1)"
 
 
 # Segments of several tensors.
@@ -330,7 +331,7 @@ def test_tensors_that_follow_each_other_are_one_copy_within_an_allocation_and_ne
     device: Device, monkeypatch: pytest.MonkeyPatch, first: int, second: int
 ) -> None:
     """Six tensors in a row; the sender's next allocation begins after ``first`` of them, the receiver's ``second``."""
-    monkeypatch.setattr(pull, "_ENGINE_NBYTES", 64)
+    monkeypatch.setattr(arrivals, "_ENGINE_NBYTES", 64)
     elements, nbytes = 1 << 10, 1 << 12
 
     def row(border: int) -> list[Shard]:
