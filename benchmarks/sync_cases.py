@@ -61,6 +61,7 @@ class Case:
     :ivar transport: a name that ``SyncOptions`` knows
     :ivar bar: ``None`` where none was set
     :ivar options: further options of the group by name
+    :ivar fixed: the actors promise that their tensors do not move
     :ivar apart: each GPU is taken for a node of its own, so that nothing is pulled from one by another
     """
 
@@ -79,6 +80,7 @@ class Case:
     bar: Bar | None = None
     options: tuple[tuple[str, object], ...] = ()
     apart: bool = False
+    fixed: bool = False
 
     @property
     def gpus(self) -> tuple[int, ...]:
@@ -349,6 +351,12 @@ _TWO = (
         bar=Bar(share=0.85, host_seconds=0.010),
     ),
     replace(
+        _ACROSS_MOE,
+        name="across-30b-moe-fixed",
+        title="30B-A3B, separate tensors that are promised not to move",
+        fixed=True,
+    ),
+    replace(
         _COLOCATED,
         name="nodes-7b",
         title="7B dense, TP2 and TP1 x 2 on 2 GPUs as if of two nodes: NCCL by way of one actor a GPU",
@@ -456,7 +464,7 @@ _TWINS = tuple(
     if case.preset == _MOE
     else _twin(case, preset="tiny-qwen2", layers=4)
     for case in (*_TWO, *_FOUR)
-    if case.transport == "auto" and case.preset != _SMALL and not case.apart
+    if case.transport == "auto" and case.preset != _SMALL and not (case.apart or case.fixed)
 )
 
 #: How much the schedule matters: one case, driven in other ways.

@@ -21,6 +21,7 @@ from wavecast.runtime.cluster import ActorHandle, RayHost, call_all, end_actors,
 from wavecast.runtime.demo import DemoActor, Weights
 from wavecast.runtime.demo_memory import DemoMemory
 from wavecast.runtime.group import ParameterSyncGroup
+from wavecast.runtime.layout.shard import FixedShards, Shard
 from wavecast.runtime.model_group import ModelGroup
 from wavecast.runtime.report import SyncReport
 
@@ -50,6 +51,21 @@ class Seen:
     wall: tuple[float, ...]
     differing: dict[str, int]
     extra_bytes: int
+
+
+class FixedActor(DemoActor):
+    """Promises that its tensors do not move."""
+
+    def transfer_shards(self) -> Sequence[Shard]:
+        found = super().transfer_shards()
+        if self.fixed_of is not found:
+            self.fixed, self.fixed_of = FixedShards(found), found
+
+        return self.fixed
+
+    #: What was promised, and of which list of shards.
+    fixed: FixedShards = FixedShards()
+    fixed_of: object = None
 
 
 class ApartActor(DemoActor):
@@ -153,7 +169,7 @@ async def started_actors(
     case: Case, actor_class: type[DemoActor] | None = None
 ) -> AsyncIterator[tuple[list[ActorHandle], list[list[ActorHandle]]]]:
     """Start the actors where the case says, each seeing all GPUs; when the block ends they are killed and gone."""
-    actor_class = actor_class or (ApartActor if case.apart else DemoActor)
+    actor_class = actor_class or (ApartActor if case.apart else FixedActor if case.fixed else DemoActor)
     weights = Weights(seed=0)
     started: list[ActorHandle] = []
     pids: list[object] = []

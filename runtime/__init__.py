@@ -25,7 +25,7 @@ from wavecast.runtime.errors import (
 )
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.mesh import MeshSpec
-from wavecast.runtime.layout.shard import Layout, Piece, Place, Shard, describe
+from wavecast.runtime.layout.shard import FixedShards, Layout, Piece, Place, Shard, describe
 from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
 from wavecast.runtime.plan.route import Route
@@ -48,6 +48,7 @@ __all__ = (
     "ReplicaVersion",
     "Torn",
     "Shard",
+    "FixedShards",
     "Piece",
     "Place",
     "Layout",

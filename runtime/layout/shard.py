@@ -13,7 +13,7 @@ from wavecast.runtime.layout.sharing import NOT_SHARED, Sharing, find_sharing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ("Shard", "Computed", "Piece", "Place", "Layout", "describe")
+__all__ = ("Shard", "FixedShards", "Computed", "Piece", "Place", "Layout", "describe")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +65,22 @@ class Shard:
     def box(self) -> Box:
         """The box of the logical tensor that the view holds."""
         return Box(self.offset, tuple(self.view.shape))
+
+
+class FixedShards(tuple[Shard, ...]):
+    """
+    Shards of which the caller promises that their tensors stay what and where they are.
+
+    What an actor's hook returns is looked at tensor by tensor in every sync, for one may have moved: with many
+    thousands of small ones that is most of what a sync costs its host. A hook that returns the very same object of this
+    class again says that none has moved, been resized or been given another dtype or shape since it did so first:
+    engines whose CUDA graphs have recorded the addresses can say so. A few tensors are looked at all the same, and an
+    object made anew is looked at as a whole.
+
+    If the promise is broken, bytes are read from, and written to, where the tensors have been.
+    """
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import torch
 
 from wavecast.runtime import errors
 from wavecast.runtime.collector import collector_paused
-from wavecast.runtime.layout.shard import Layout, Place, Shard, describe
+from wavecast.runtime.layout.shard import FixedShards, Layout, Place, Shard, describe
 from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, MoveTimeout
 from wavecast.runtime.transfer.compare import compare_step, read_step
 from wavecast.runtime.transfer.futures import Promise, pass_on
@@ -591,7 +591,7 @@ class Agent:
         return Done(compare_step(session.buckets_of(request.step), session.memory_of(run), attachment.data))
 
 
-def _listed(found: object) -> list[Shard]:
+def _listed(found: object) -> Sequence[Shard]:
     """Return what the user's hook returned, if it is a list of anything."""
     if inspect.iscoroutine(found):
         found.close()
@@ -599,7 +599,7 @@ def _listed(found: object) -> list[Shard]:
     if not isinstance(found, Iterable):
         raise errors.LayoutError(f"transfer_shards() must return a list of Shard values, got {type(found).__name__}")
 
-    return list(found)
+    return found if isinstance(found, FixedShards) else list(found)
 
 
 def _received(program: Program) -> frozenset[str]:

@@ -10,7 +10,7 @@ import torch
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.layout.shard import Computed, FixedShards, Shard
 from wavecast.runtime.layout.sharing import find_sharing
 from wavecast.runtime.naming import Renames
 from wavecast.runtime.transfer.program import Cut
@@ -28,7 +28,7 @@ class Memory:
     """
     The shards of one run, found by name.
 
-    :param shards: as the actor's hook returned them, in order
+    :param shards: as the actor's hook returned them, in order; of fixed ones a few are looked at where others all are
     :ivar sharing: which of them share memory
     :ivar signature: equal ones mean that the layout is what it was
     :raises LayoutError: for views without plain memory of their own, and when they are on several devices
@@ -36,6 +36,7 @@ class Memory:
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = tuple(shards)
+        self._fixed = shards if isinstance(shards, FixedShards) else None
         self.device = _common_device(self.shards)
         for shard in self.shards:
             _require_plain(shard)
@@ -49,6 +50,7 @@ class Memory:
         self._held = [shard for shard in self.shards if isinstance(shard.view, torch.Tensor)]
         self._snapshot = Snapshot([shard.view for shard in self._held if isinstance(shard.view, torch.Tensor)])
         self._sample = self._snapshot.part(range(0, len(self._held), max(len(self._held) // _SAMPLE, 1)))
+        self._watched = self._snapshot if self._fixed is None else self._sample
         self._by_name = _by_name(self.shards, {})
         self._under: tuple[Renames, Memory] | None = None
         self._numbers: dict[int, int] = {}
@@ -74,7 +76,7 @@ class Memory:
         Tell whether ``shards`` are the very objects this was made of, what and where they were: nothing is to be
         redone.
         """
-        return self._is_of(shards) and self._snapshot.is_still()
+        return self._is_of(shards) and self._watched.is_still()
 
     def seems_still(self, shards: Sequence[Shard]) -> bool:
         """
@@ -84,6 +86,9 @@ class Memory:
         return self._is_of(shards) and self._sample.is_still()
 
     def _is_of(self, shards: Sequence[Shard]) -> bool:
+        if self._fixed is not None or isinstance(shards, FixedShards):
+            return shards is self._fixed
+
         return len(shards) == len(self.shards) and all(map(operator.is_, shards, self.shards))
 
     def watch(self, cuts: Iterable[Cut], seen: set[int] | None = None) -> Watch:
@@ -101,7 +106,7 @@ class Memory:
         if seen is not None:
             seen.update(numbers)
 
-        return Watch(self, self._snapshot.part(numbers))
+        return Watch(self, self._snapshot.part(numbers if self._fixed is None else numbers[:1]))
 
     def require_still(self) -> None:
         """
@@ -109,9 +114,15 @@ class Memory:
 
         :raises LayoutError: naming one that is not
         """
-        if self._snapshot.is_still():
-            return
+        if not self._watched.is_still():
+            self.refuse_changed()
 
+    def refuse_changed(self) -> None:
+        """
+        Look at all of the shards.
+
+        :raises LayoutError: naming one that is not what and where it was
+        """
         for number, before, now in self._snapshot.differing():
             name = self._held[number].name
             raise LayoutError(
@@ -126,7 +137,7 @@ class Memory:
 
         :raises LayoutError: naming one that is not
         """
-        if not self._snapshot.is_in_place():
+        if not self._watched.is_in_place():
             self.require_still()
 
     def source(self, cut: Cut) -> torch.Tensor:
@@ -205,12 +216,12 @@ class Watch:
         :raises LayoutError: naming one that is not
         """
         if not self._snapshot.is_still():
-            self._memory.require_still()
+            self._memory.refuse_changed()
 
     def require_in_place(self) -> None:
         """Make sure that they are where they were, for what has just been looked at as a whole."""
         if not self._snapshot.is_in_place():
-            self._memory.require_still()
+            self._memory.refuse_changed()
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:

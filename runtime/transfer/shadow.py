@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from wavecast.runtime.layout.shard import Shard
+from wavecast.runtime.layout.shard import FixedShards, Shard
 from wavecast.runtime.transfer.memory import Memory, as_bits
 
 __all__ = ("Shadow",)
@@ -40,7 +40,8 @@ class Shadow:
 
             shadows.append(shard)
 
-        self.memory = Memory(shadows)
+        # Nobody else has these tensors: none of them moves.
+        self.memory = Memory(FixedShards(shadows))
         self.nbytes = sum(copy.numel() * copy.element_size() for copy in copies.values())
 
     def fits(self, shards: Sequence[Shard]) -> bool:

@@ -41,7 +41,8 @@ class TransferWorker:
 
         Called once at the begin of every sync, on the actor's own thread. Must be overridden. Return the same shards as
         the last time while the tensors are the same objects: with thousands of them this is what makes a warm sync
-        cheap. Storage that moved under a tensor, and a new shape, are noticed.
+        cheap. Storage that moved under a tensor, and a new shape, are noticed. Where nothing of the kind can happen,
+        return the same :class:`~wavecast.runtime.FixedShards`: they are not looked at one by one.
         """
         raise TypeError(f"{type(self).__name__} mixes in TransferWorker and must define transfer_shards()")
 

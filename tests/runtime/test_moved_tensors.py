@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from ray.exceptions import PendingCallsLimitExceeded
@@ -9,7 +11,7 @@ from ray.exceptions import PendingCallsLimitExceeded
 from tests.runtime.host_gpus import GpuActor, GpuStage, Kept, Machine, bits, move
 from tests.runtime.local_actors import LocalActor, holder, local
 from tests.runtime.test_ahead import group_of, machine, warm
-from wavecast.runtime import ActorFailed, ParameterSyncGroup, Shard, Torn, TransportUnavailable
+from wavecast.runtime import ActorFailed, FixedShards, ParameterSyncGroup, Shard, Torn, TransportUnavailable
 from wavecast.runtime.transfer import agent, lending
 from wavecast.runtime.transfer.messages import Begin, decode
 from wavecast.runtime.transfer.run import Run
@@ -185,5 +187,34 @@ async def test_a_begin_that_is_not_sent_leaves_nothing_whole_that_others_may_hav
         assert caught.value.actors == (3,)
         assert group.versions() == caught.value.versions == {0: Torn(1, 2)}
         last.remote = send  # type: ignore[method-assign]
+        await group.sync()
+        assert stage.arrived()
+
+
+class Promised(Many):
+    """Promises that its tensors do not move, until it says otherwise."""
+
+    promise: FixedShards | None = None
+
+    def transfer_shards(self) -> Sequence[Shard]:
+        found = super().transfer_shards()
+        if self.promise is None:
+            self.promise = FixedShards(found)
+
+        return self.promise
+
+
+@pytest.mark.parametrize("transport", ["nccl", "auto"])
+async def test_fixed_shards_are_synced_and_those_made_anew_may_be_anywhere(machine: Machine, transport: str) -> None:
+    stage = GpuStage(machine, kind=Promised)
+    async with group_of(stage, transport=transport) as group:
+        await sync_twice(stage, group)
+        assert stage.arrived()
+        for actor in stage.actors:
+            worker = held(actor, Promised)
+            worker.matrix.data = worker.matrix.clone()
+            worker.promise = None
+
+        stage.renew(7)
         await group.sync()
         assert stage.arrived()

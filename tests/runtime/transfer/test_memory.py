@@ -7,9 +7,10 @@ import torch
 
 from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
-from wavecast.runtime.layout.shard import Computed, Shard
+from wavecast.runtime.layout.shard import Computed, FixedShards, Shard
 from wavecast.runtime.transfer.memory import Memory, as_bits, count_nan, dtype_of
 from wavecast.runtime.transfer.program import Cut
+from wavecast.runtime.transfer.snapshot import Snapshot
 
 CPU = torch.device("cpu")
 
@@ -258,3 +259,79 @@ def test_a_signature_tells_a_view_from_what_is_worked_out() -> None:
     plain = Memory([Shard("w", view, (0, 0), (2, 3))])
     worked = Memory([Shard("w", computed(view), (0, 0), (2, 3))])
     assert plain.signature != worked.signature
+
+
+# Fixed ones.
+
+
+def many(count: int = 64) -> FixedShards:
+    return FixedShards(Shard(f"w{number}", torch.zeros(4), (0,), (4,)) for number in range(count))
+
+
+def cut_of(number: int) -> Cut:
+    return Cut(f"w{number}", (0,), (4,), "float32")
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tensors each look was at."""
+    found: list[int] = []
+    look = Snapshot.is_in_place
+
+    def counted(snapshot: Snapshot) -> bool:
+        found.append(len(snapshot.views))
+        return look(snapshot)
+
+    monkeypatch.setattr(Snapshot, "is_in_place", counted)
+    return found
+
+
+def test_of_fixed_shards_a_few_are_looked_at(looked_at: list[int]) -> None:
+    shards = many()
+    fixed, plain = Memory(shards), Memory(list(shards))
+    for memory in (fixed, plain):
+        same = shards if memory is fixed else list(shards)
+        watch = memory.watch(map(cut_of, range(64)))
+        looked_at.clear()
+        assert memory.holds_still(same)
+        assert memory.seems_still(same)
+        memory.require_still()
+        memory.require_in_place()
+        watch.require_still()
+        watch.require_in_place()
+        assert looked_at == ([16, 16, 16, 16, 1, 1] if memory is fixed else [64, 16, 64, 64, 64, 64])
+
+
+def test_the_promise_is_that_of_one_object() -> None:
+    shards = many()
+    fixed, plain = Memory(shards), Memory(list(shards))
+    assert not fixed.holds_still(FixedShards(shards))
+    assert not fixed.seems_still(list(shards))
+    assert not plain.seems_still(shards)
+    assert plain.holds_still(list(shards))
+
+
+@pytest.mark.parametrize("moved", [0, 4])
+def test_a_fixed_tensor_that_moved_and_is_looked_at_is_named(moved: int) -> None:
+    shards = many()
+    memory = Memory(shards)
+    watch = memory.watch([cut_of(moved)])
+    shards[moved].view.data = torch.ones(4)
+    assert not memory.holds_still(shards)
+    for look in (memory.require_still, memory.require_in_place, watch.require_still, watch.require_in_place):
+        with pytest.raises(LayoutError, match=f"'w{moved}' was changed during the sync"):
+            look()
+
+
+def test_of_each_part_one_fixed_tensor_is_looked_at_which_tells_of_all() -> None:
+    shards = many()
+    memory = Memory(shards)
+    # None of those that are looked at before a sync.
+    watch, seen = memory.watch([cut_of(5), cut_of(6)]), set[int]()
+    shards[5].view.data = torch.ones(4)
+    assert memory.holds_still(shards)
+    with pytest.raises(LayoutError, match="'w5' was changed"):
+        watch.require_still()
+
+    memory.watch([cut_of(7), cut_of(8)], seen)
+    assert seen == {7, 8}
