@@ -303,8 +303,8 @@ def _find_owners(
     """
     Return for each actor the one through which its GPU's bytes can go, or nothing where a GPU has none such.
 
-    It is the first one whose memory all others on the GPU can read, and that can read that of those that send:
-    a trainer, where there is one, which has most to send.
+    It is the first one whose memory all others on the GPU can read: a trainer, where there is one, which has most to
+    send. Whatever is sent by one of them may be read by any other.
     """
     together: dict[Place, list[int]] = {}
     for actor, place in enumerate(places):
@@ -312,12 +312,11 @@ def _find_owners(
 
     found: dict[Place, int] = {}
     for place, actors in together.items():
-        for owner in actors:
-            others = [actor for actor in actors if actor != owner]
-            if all((owner, each) in pulls and (each not in sending or (each, owner) in pulls) for each in others):
-                found[place] = owner
-                break
-        else:
+        lenders = [each for each in actors if all((each, other) in pulls for other in actors if other != each)]
+        if not lenders or any(each in sending and each not in lenders for each in actors):
             return ()
 
-    return tuple(found[place] for place in places)
+        found[place] = lenders[0]
+
+    # With a single GPU there is nothing for a port to do.
+    return tuple(found[place] for place in places) if len(found) > 1 else ()

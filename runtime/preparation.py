@@ -20,6 +20,7 @@ from wavecast.runtime.plan.pairs import SCALE
 from wavecast.runtime.plan.reshard import ReshardPlan, plan_reshard
 from wavecast.runtime.plan.tasks import task_ends, task_routes
 from wavecast.runtime.plan.timetable import make_timetable
+from wavecast.runtime.transfer.comm_ported import plan_legs
 from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
 from wavecast.scheduler import Schedule
 from wavecast.scheduler.release import ReleaseState
@@ -50,8 +51,8 @@ class Preparation:
     :ivar pulls: sender and receiver of tasks that the receiver pulls, in schedule order
     :ivar in_flight: tasks an actor is given at a time
     :ivar ahead: by actor: how many of its first steps may start with the run, before a task has finished
-    :ivar readings: whose memory is read by whom: senders' by those that pull, and boards by those that agree, or that
-        meet before a move that both take part in
+    :ivar readings: whose memory is read by whom: senders' by those that pull, that of a port's owner by those it serves
+        and the other way round, and boards by those that agree, or that meet before a move that both take part in
     :ivar is_safe_ahead: steps may start before all actors are known to have begun: all is pulled, or met for by members
         that can read each other's boards, so that none enters a move that another will not
     :ivar agreeing: the receivers, when that is so, all steps start with the run and the destinations' actors can read
@@ -167,6 +168,7 @@ def prepare(
     single = [(id, sender, receivers[0]) for id, (sender, receivers) in ends.items() if len(receivers) == 1]
     moved = [(sender, receiver) for id, sender, receiver in single if id not in ids]
     longest = max((len(program.steps) for program in programs), default=1)
+    neighbours = _neighbours((found for id, found in ends.items() if id not in ids), carriers)
     meetings = _meetings([tuple(task.members) for task in in_order if task.id not in ids], carriers)
     is_safe_ahead = bool(meetings) or not (moved or many)
     in_flight = options.in_flight or (max(longest, 1) if is_safe_ahead else _STAGED_IN_FLIGHT)
@@ -188,7 +190,7 @@ def prepare(
         pulls=pulls,
         in_flight=in_flight,
         ahead=ahead,
-        readings=frozenset((*pulls, *meetings, *itertools.permutations(agreeing, 2))),
+        readings=frozenset((*pulls, *neighbours, *meetings, *itertools.permutations(agreeing, 2))),
         is_safe_ahead=is_safe_ahead,
         agreeing=agreeing,
         pulled_nbytes=sum(task.nbytes for task in fetched),
@@ -218,6 +220,17 @@ def _meetings(moves: Iterable[tuple[int, ...]], carriers: Carriers) -> tuple[tup
     pairs = tuple(dict.fromkeys(pair for move in moves for pair in itertools.permutations(move, 2)))
     met = carriers.moved == "nccl" and not carriers.owners and carriers.boards.issuperset(pairs)
     return pairs if met else ()
+
+
+def _neighbours(moves: Iterable[tuple[int, tuple[int, ...]]], carriers: Carriers) -> frozenset[tuple[int, int]]:
+    """Return out of whose memory who copies on a shared GPU: tried before it is needed, as far as it can be."""
+    found: set[tuple[int, int]] = set()
+    for sender, receivers in moves if carriers.owners else ():
+        legs = plan_legs(carriers.owners, sender, receivers)
+        found.update((sender, each) for each in legs.first)
+        found.update((owner, each) for owner, clients in legs.last.items() for each in clients)
+
+    return carriers.boards.intersection(found)
 
 
 def _agreeing(

@@ -206,6 +206,9 @@ class SyncRun:
         moving, noted = anyio.CancelScope(), anyio.Event()
 
         def note(heard: asyncio.Future[list[Began]]) -> None:
+            if noted.is_set():
+                return
+
             try:
                 if not heard.cancelled():
                     replies = dict(zip(asked, heard.result(), strict=True))
@@ -215,12 +218,11 @@ class SyncRun:
                 failures.append(error)
             except Exception as error:
                 refusals.append(error)
-
-            self._fitting = self._fits(began, preparation)
-            if not self._fitting:
-                moving.cancel()
-
-            noted.set()
+            finally:
+                noted.set()
+                self._fitting = self._fits(began, preparation)
+                if not self._fitting:
+                    moving.cancel()
 
         # No task waits for them: at the end of the run it would have to be waited for in its turn.
         hearing = self._actors.hear(list(asked.values()), Began)
@@ -241,6 +243,8 @@ class SyncRun:
             if not noted.is_set():
                 await noted.wait()
         finally:
+            # Of what was said before the run nothing is noted any more once its end has been.
+            noted.set()
             hearing.cancel()
 
         if refusals:
@@ -365,7 +369,7 @@ class SyncRun:
                         seconds=lambda: self._seconds_left,
                     )
             except errors.TransportUnavailable as error:
-                refused = {pair for pair in preparation.pulls if not set(pair).isdisjoint(error.actors)}
+                refused = {pair for pair in preparation.readings if not set(pair).isdisjoint(error.actors)}
                 if self._options.transport != "auto" or not refused:
                     raise
 

@@ -465,10 +465,10 @@ class Agent:
 
         :param in_haste: a sample will do here: what starts at once looks at each tensor before it touches it
         """
-        shards = _listed(self._shards())
-        if self._memory is not None:
-            if self._memory.seems_still(shards) if in_haste else self._memory.holds_still(shards):
-                return self._memory
+        # Read once: the end of another group's run may drop it meanwhile.
+        shards, memory = _listed(self._shards()), self._memory
+        if memory is not None and (memory.seems_still(shards) if in_haste else memory.holds_still(shards)):
+            return memory
 
         for shard in shards:
             if not isinstance(shard, Shard):
@@ -528,14 +528,16 @@ class Agent:
     def _close(self, request: Close) -> Done:
         with self._lock:
             session = self._sessions.pop(request.group, None)
+
+        if session is not None:
+            session.close()
+
+        with self._lock:
             self._received.pop(request.group, None)
             if not self._sessions:
                 self._was_torn = self.torn
                 self._shadow, self._shadow_of, self._live = None, None, ()
                 self._memory, self._written_by = None, None
-
-        if session is not None:
-            session.close()
 
         return Done()
 

@@ -127,6 +127,11 @@ class Communicator(Protocol):
         ...
 
     @property
+    def exports(self) -> bool:
+        """Whether other processes map the buffers that are sent, and keep them mapped: weights are no such."""
+        ...
+
+    @property
     def device_bytes(self) -> int:
         """Device memory the communicator itself took, as far as it can be measured."""
         ...

@@ -106,6 +106,7 @@ class FakeCommunicator:
         self._fabric = fabric
         self.rank = rank
         self.device = torch.device("cpu")
+        self.exports = False
         self.device_bytes = 0
 
     def start(

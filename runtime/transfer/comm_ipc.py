@@ -28,6 +28,7 @@ class IpcCommunicator:
     def __init__(self, rendezvous: Rendezvous, device: torch.device) -> None:
         self.rank = rendezvous.rank
         self.device = device
+        self.exports = True
         self.device_bytes = 0
         self._store = rendezvous.store
         self._prefix = f"{rendezvous.key}/ipc"

@@ -89,6 +89,7 @@ class PortedCommunicator:
     def __init__(self, rank: int, *, owners: Sequence[int], near: Communicator, far: Communicator | None) -> None:
         self.rank = rank
         self.device = near.device
+        self.exports = near.exports
         self.device_bytes = near.device_bytes + (far.device_bytes if far is not None else 0)
         self._owners = tuple(owners)
         self._place = {owner: number for number, owner in enumerate(sorted(set(owners)))}

@@ -110,6 +110,7 @@ class GlooCommunicator:
     def __init__(self, rendezvous: Rendezvous) -> None:
         self.rank = rendezvous.rank
         self.device = torch.device("cpu")
+        self.exports = False
         self.device_bytes = 0
         self._aborted = False
         self._tags: dict[tuple[int, int], int] = {}
@@ -182,6 +183,7 @@ class NcclCommunicator:
     def __init__(self, rendezvous: Rendezvous, device: torch.device) -> None:
         self.rank = rendezvous.rank
         self.device = device
+        self.exports = False
         self._aborted = False
         self._deadline = rendezvous.deadline
         self._store = rendezvous.store

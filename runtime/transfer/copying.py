@@ -20,11 +20,11 @@ class Copier(Protocol):
     stream and nothing waits for it.
     """
 
-    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> torch.Tensor:
+    def pack(self, step: int, bucket: Bucket, window: torch.Tensor, *, in_place: bool = True) -> torch.Tensor:
         """
         Copy the bucket's cuts into ``window``, cast to the dtype in which they travel, and return it.
 
-        Where the only cut lies in memory as it is to travel, that is returned, and nothing is copied.
+        :param in_place: where the only cut lies in memory as it is to travel, return that, and copy nothing
         """
         ...
 
@@ -57,8 +57,8 @@ class TensorCopier:
         self._checksum = checksum
         self._folds: dict[int, list[torch.Tensor]] = {}
 
-    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> torch.Tensor:
-        if is_held_as_sent(bucket, self._memory, window.device):
+    def pack(self, step: int, bucket: Bucket, window: torch.Tensor, *, in_place: bool = True) -> torch.Tensor:
+        if in_place and is_held_as_sent(bucket, self._memory, window.device):
             return bytes_of(self._memory.source(bucket.items[0].cut))
 
         pack(bucket, self._memory, window)

@@ -72,7 +72,7 @@ class Tally:
 class _Packing:
     """
     :ivar watch: the tensors that are read, by their addresses
-    :ivar in_place: it is sent out of the only tensor itself, nothing being copied
+    :ivar in_place: it can be sent out of the only tensor itself, nothing being copied
     :ivar worked: cuts that need more than a copy: a cast, or to be worked out
     """
 
@@ -119,14 +119,16 @@ class FusedCopier:
         self._tables = tables
         self._memory = tables.memory
         self._tally = tally
+        self._in_place: set[tuple[int, int]] = set()
 
-    def pack(self, step: int, bucket: Bucket, window: torch.Tensor) -> torch.Tensor:
+    def pack(self, step: int, bucket: Bucket, window: torch.Tensor, *, in_place: bool = True) -> torch.Tensor:
         plan = self._tables.packing.get((step, bucket.first))
         if plan is None:
             plan = self._tables.packing[step, bucket.first] = self._plan_packing(bucket, window.device)
 
         plan.watch.require_still()
-        if plan.in_place:
+        if in_place and plan.in_place:
+            self._in_place.add((step, bucket.first))
             # Made anew each time: to keep it would keep memory that its owner may give up between syncs.
             return bytes_of(self._memory.source(bucket.items[0].cut))
 
@@ -151,7 +153,7 @@ class FusedCopier:
     def packed(self, step: int, bucket: Bucket, sent: torch.Tensor) -> None:
         # What was copied was summed up on the way.
         plan = self._tables.packing[step, bucket.first]
-        if plan.in_place and self._tally is not None:
+        if (step, bucket.first) in self._in_place and self._tally is not None:
             total = self._tally.total(step)
             for table in plan.copies:
                 sum_source(table, total, hurry=False)

@@ -201,7 +201,8 @@ class Staging:
         self._settle(slot)
         leg.check()
         with slot.in_order():
-            slot.window = leg.copier.pack(step, bucket, slot.buffer[: bucket.nbytes])
+            window = slot.buffer[: bucket.nbytes]
+            slot.window = leg.copier.pack(step, bucket, window, in_place=not self._communicator.exports)
 
         slot.packed = bucket
 

@@ -181,6 +181,7 @@ class _FaultyCommunicator:
         self.rank = inner.rank
         self.device = inner.device
         self.device_bytes = inner.device_bytes
+        self.exports = inner.exports
 
     def start(self, buffer: torch.Tensor, *, sender: int, receivers: tuple[int, ...], deadline: Deadline) -> Move:
         request = self._at()

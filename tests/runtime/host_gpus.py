@@ -377,6 +377,7 @@ class StreamedCommunicator:
     """A communicator of this process's that comes after what the current stream holds."""
 
     device_bytes = 1000
+    exports = False
 
     def __init__(self, inner: Communicator, gpu: Gpu) -> None:
         self.rank = inner.rank

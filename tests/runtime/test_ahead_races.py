@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Sequence
 
+import anyio
 import pytest
 import torch
 
 from tests.runtime.host_gpus import GpuStage, Machine, kept
-from tests.runtime.local_actors import holder, local
+from tests.runtime.local_actors import Answer, holder, local
 from tests.runtime.test_ahead import POISON, gpu_actor, group_of, is_ahead, machine, warm
+from tests.runtime.transfer.crew import ThreadHost
 from wavecast.runtime import LayoutError, Shard, Torn
 from wavecast.runtime.transfer import tables
-from wavecast.runtime.transfer.messages import Abort, Begin
+from wavecast.runtime.transfer.messages import Abort, Begin, Request
 
 __all__ = ("local", "machine")
 
@@ -132,3 +135,44 @@ async def test_what_takes_an_answer_along_is_asked_once_that_is_there(
             assert owed == 0
 
     assert taken >= 2
+
+
+@pytest.mark.parametrize("turns", range(8))
+@pytest.mark.parametrize("options", [{}, {"task_allowance": 1000.0}])
+async def test_what_a_begin_said_is_not_noted_over_how_the_run_ended(
+    machine: Machine, options: dict[str, object], turns: int
+) -> None:
+    """The caller is cancelled in any turn of the loop around the last answer to a begin, all steps being through."""
+    stage = GpuStage(machine)
+    async with group_of(stage, **options) as group:
+        await warm(stage, group)
+        gate, slow = asyncio.Event(), stage.trainers[0]
+        serve = slow._serve
+
+        async def late(request: Request, host: ThreadHost, attachments: Sequence[Answer]) -> bytes:
+            answer = await serve(request, host, attachments)
+            if isinstance(request, Begin):
+                await gate.wait()
+
+            return answer
+
+        slow._serve = late  # type: ignore[method-assign]
+        sync = asyncio.ensure_future(group.sync(2))
+        await asyncio.sleep(0)
+        run = group._runner._run
+        assert run is not None
+        with anyio.fail_after(10):
+            while len(run._finished) < len(stage.actors):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        gate.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+        sync.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await sync
+
+        said = group.versions()[0]
+        # A driver that was not told of the end takes the replica for torn; never for what it was before.
+        assert isinstance(said, Torn) or said == (await group.refresh())[0]

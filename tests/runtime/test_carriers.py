@@ -155,6 +155,17 @@ def test_who_shares_a_gpu_must_be_able_to_read_its_owner_and_to_lend_it_what_it_
     assert choose_carriers("auto", strange, sending=[0, 1]).moved == "gloo"
 
 
+def test_whoever_may_send_on_a_shared_gpu_is_read_by_all_there() -> None:
+    three = [gpu(0), gpu(0), gpu(0), gpu(0, "n1")]
+    assert choose_carriers("auto", three, sending=[0, 1]).owners == (0, 0, 0, 3)
+    # What actor 1 has for actor 2 would go from the one to the other.
+    assert choose_carriers("auto", three, sending=[0, 1], refused=[(1, 2)]).moved == "gloo"
+    assert choose_carriers("auto", three, sending=[0], refused=[(1, 2)]).owners == (0, 0, 0, 3)
+    # On a single GPU there is no port to own.
+    assert choose_carriers("auto", three[:3], refused=[(1, 2)]).moved == "gloo"
+    assert choose_carriers("auto", three[:3], sending=[0], refused=[(1, 2)]).moved == "gloo"
+
+
 # Which routes are pulled.
 
 

@@ -17,6 +17,7 @@ from wavecast.runtime.plan.reshard import plan_reshard
 from wavecast.runtime.plan.route import Route
 from wavecast.runtime.plan.tasks import task_ends, through_owners
 from wavecast.runtime.plan.timetable import make_timetable
+from wavecast.runtime.preparation import prepare
 from wavecast.runtime.transfer.comm import Communicator, Deadline, Move
 from wavecast.runtime.transfer.messages import Connect, Load
 from wavecast.scheduler import Task, verify
@@ -124,6 +125,19 @@ def test_no_two_tasks_of_a_wave_go_through_one_port() -> None:
             used = [*out, *into] if ports == "half" else out
             assert len(used) == len(set(used))
             assert len(into) == len(set(into))
+
+
+def test_neighbours_try_to_read_each_other_before_it_is_needed() -> None:
+    """Each engine wants what the trainer of the other GPU has."""
+    near = frozenset({(0, 2), (2, 0), (1, 3), (3, 1)})
+    carriers = Carriers("nccl", near, True, owners=(0, 1, 0, 1))
+    sources, destinations = [rows(2, 0), rows(2, 1)], [rows(2, 1), rows(2, 0)]
+    found = prepare(sources, destinations, SyncOptions(), None, carriers)
+    assert found.pulls == ()
+    assert {step.through for program in found.programs for step in program.steps} == {(0,), (1,)}
+    assert found.readings == {(0, 2), (1, 3)}
+    assert not found.is_safe_ahead
+    assert prepare(sources, destinations, SyncOptions(), None, Carriers("nccl", near, True)).readings == frozenset()
 
 
 # Whole syncs.

@@ -30,6 +30,7 @@ class ProcessMember:
         self.rank = rank
         self.device = torch.device("cpu")
         self.device_bytes = 0
+        self.exports = False
         self._calls = calls
         self._control = control
         self._process = process

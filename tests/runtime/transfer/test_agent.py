@@ -280,6 +280,7 @@ class Stubborn:
         self.rank = communicator.rank
         self.device = communicator.device
         self.device_bytes = 0
+        self.exports = False
 
     def start(self, buffer: torch.Tensor, *, sender: int, receivers: tuple[int, ...], deadline: Deadline) -> Move:
         buffer.fill_(0xFF)

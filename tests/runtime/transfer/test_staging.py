@@ -10,7 +10,7 @@ import torch
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
 from wavecast.runtime.transfer.checksum import combine, fold
-from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, Fence, MoveTimeout
+from wavecast.runtime.transfer.comm import CommunicatorError, Deadline, Fence, Move, MoveTimeout
 from wavecast.runtime.transfer.copying import Copier, TensorCopier
 from wavecast.runtime.transfer.memory import Memory
 from wavecast.runtime.transfer.program import Bucket, Cut, fill_buckets
@@ -30,6 +30,7 @@ class Script:
         self.rank = 0
         self.device = CPU
         self.device_bytes = 0
+        self.exports = False
         self.log = log
         self.sent: list[list[int]] = []
         self.coming = coming or []
@@ -361,3 +362,24 @@ def test_memory_that_was_sent_in_place_is_not_held_on_to() -> None:
     held = {slot.window.data_ptr() for slot in staging._slots}
     assert held == {slot.buffer.data_ptr() for slot in staging._slots}
     assert held.isdisjoint(view.data_ptr() for view in views.values())
+
+
+def test_where_others_map_what_is_sent_it_is_packed() -> None:
+    log: list[str] = []
+    script = Script(log)
+    script.exports = True
+    views = {name: torch.full((8,), number, dtype=torch.int32) for number, name in enumerate("ab")}
+    memory = Memory([Shard(name, view, (0,), (8,)) for name, view in views.items()])
+    started: list[int] = []
+    start = script.start
+
+    def noting(buffer: torch.Tensor, *, sender: int, receivers: tuple[int, ...], deadline: Deadline) -> Move:
+        started.append(buffer.data_ptr())
+        return start(buffer, sender=sender, receivers=receivers, deadline=deadline)
+
+    script.start = noting  # type: ignore[method-assign]
+    staging = Staging(32, script)
+    staging.begin(None)
+    wait(staging.send(leg(TensorCopier(memory, checksum=True), buckets_of("ab"))))
+    assert script.sent == [[number] * 8 for number in range(2)]
+    assert started == [slot.buffer.data_ptr() for slot in staging._slots]
