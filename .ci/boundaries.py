@@ -17,6 +17,8 @@ RUNTIME = (
     "collector",
     "layout",
     "presets",
+    "files",
+    "safetensors",
     "checkpoint",
     "plan",
     "shared_memory",

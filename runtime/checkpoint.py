@@ -1,85 +1,29 @@
-"""
-A Hugging Face checkpoint directory, read slice by slice.
-
-The safetensors format, as its README describes it, is small enough to read here: eight bytes with a header's length
-(unsigned, little-endian), the header in JSON (each tensor's dtype, shape and byte range), then the tensors' bytes,
-row-major and little-endian, without gaps.
-"""
+"""A Hugging Face checkpoint directory, read slice by slice."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import mmap
 import os
-import stat
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from wavecast.runtime.errors import CheckpointError, ConfigError
+from wavecast.runtime.files import map_file, read_json
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.config import ModelConfig
 from wavecast.runtime.layout.dtypes import itemsize
 from wavecast.runtime.layout.hf import LogicalTensor
+from wavecast.runtime.safetensors import StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ("Checkpoint", "StoredTensor", "read_header")
+__all__ = ("Checkpoint",)
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-
-#: No honest header is longer; a longer one would only fill the memory before it fails.
-_HEADER_LIMIT_NBYTES = 100_000_000
-_MOST_DIMS = 64
-
-_DTYPES: Mapping[str, str] = MappingProxyType(
-    {
-        "BOOL": "bool",
-        "U8": "uint8",
-        "I8": "int8",
-        "U16": "uint16",
-        "I16": "int16",
-        "U32": "uint32",
-        "I32": "int32",
-        "U64": "uint64",
-        "I64": "int64",
-        "F8_E4M3": "float8_e4m3fn",
-        "F8_E5M2": "float8_e5m2",
-        "F8_E8M0": "float8_e8m0fnu",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "F32": "float32",
-        "F64": "float64",
-        "C64": "complex64",
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """
-    Where a tensor's bytes are.
-
-    :ivar name: the tensor's name
-    :ivar file: the file that holds it
-    :ivar dtype: its dtype, by torch's name
-    :ivar shape: its shape
-    :ivar start: where its bytes begin, from the start of the file
-    :ivar stop: where they end
-    """
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 class Checkpoint:
@@ -114,7 +58,7 @@ class Checkpoint:
 
         config_file = path / "config.json"
         try:
-            config = ModelConfig.from_dict(_read_json(config_file))
+            config = ModelConfig.from_dict(read_json(config_file))
         except ConfigError as exc:
             raise ConfigError(f"{config_file}: {exc}") from exc
 
@@ -214,100 +158,12 @@ class Checkpoint:
         """Return the tensor's bytes as they lie in the file, shape ``(*shape, width)``."""
         mapped = self._maps.get(tensor.file)
         if mapped is None:
-            mapped = self._maps[tensor.file] = _map(tensor.file)
+            mapped = self._maps[tensor.file] = map_file(tensor.file)
 
         count = tensor.stop - tensor.start
         import torch
 
         return torch.frombuffer(mapped, dtype=torch.uint8, offset=tensor.start, count=count).view(*tensor.shape, width)
-
-
-def read_header(file: Path) -> tuple[StoredTensor, ...]:
-    """
-    Read the header of a safetensors file, and hold it against the file's size.
-
-    :return: the tensors, in the order of the header
-    :raises CheckpointError: naming the file, the tensor if it is one tensor's fault, and both values that disagree
-    """
-    with _opened(file) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        if size < 8:
-            raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
-
-        length = int.from_bytes(stream.read(8), "little")
-        if length > min(size - 8, _HEADER_LIMIT_NBYTES):
-            raise CheckpointError(f"{file}: a header of {length} bytes does not fit in a file of {size} bytes")
-
-        text = stream.read(length)
-
-    header = _parse_json(file, text)
-    header.pop("__metadata__", None)
-    tensors = tuple(_entry(file, name, entry, base=8 + length) for name, entry in header.items())
-    _check_ranges(file, tensors, start=8 + length, stop=size)
-    return tensors
-
-
-def _entry(file: Path, name: str, entry: object, *, base: int) -> StoredTensor:
-    """Check one tensor's entry in the header by itself; its offsets count from ``base``."""
-    where = f"{file}: tensor {name!r}"
-    if not isinstance(entry, Mapping):
-        raise CheckpointError(f"{where} is described by {entry!r}, not by an object")
-
-    dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
-
-    shape = _sizes(where, "shape", entry.get("shape"))
-    offsets = _sizes(where, "data_offsets", entry.get("data_offsets"))
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has data_offsets {offsets}, not a start and a stop")
-
-    # Also of an empty tensor: its strides are numbers as large as these.
-    if (math.prod(size for size in shape if size) * itemsize(_DTYPES[dtype])).bit_length() > 63:
-        raise CheckpointError(f"{where} has shape {shape}, larger than any tensor")
-
-    nbytes = math.prod(shape) * itemsize(_DTYPES[dtype])
-    if offsets[1] - offsets[0] != nbytes:
-        raise CheckpointError(
-            f"{where} of shape {shape} and dtype {dtype} takes {nbytes} bytes, "
-            f"but data_offsets {offsets} give it {offsets[1] - offsets[0]}"
-        )
-
-    return StoredTensor(name, file, _DTYPES[dtype], shape, base + offsets[0], base + offsets[1])
-
-
-def _sizes(where: str, key: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-        raise CheckpointError(f"{where} has {key} {value!r}, not a list of sizes")
-
-    bits = max((item.bit_length() for item in value), default=0)
-    if bits > 63 or len(value) > _MOST_DIMS:
-        numbers = f"{len(value)} numbers of up to {bits} bits"
-        raise CheckpointError(f"{where} has a {key} of {numbers}, more than a tensor has")
-
-    return tuple(value)
-
-
-def _check_ranges(file: Path, tensors: tuple[StoredTensor, ...], *, start: int, stop: int) -> None:
-    """Raise unless the tensors cover the bytes from ``start`` to ``stop`` of the file, each byte once."""
-    at, last = start, "the header"
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
-        if tensor.stop > stop:
-            raise CheckpointError(
-                f"{file}: tensor {tensor.name!r} ends at byte {tensor.stop} of a file of {stop} bytes: it is truncated"
-            )
-
-        if tensor.start != at:
-            what = "overlaps" if tensor.start < at else "leaves a gap after"
-            raise CheckpointError(
-                f"{file}: tensor {tensor.name!r} starts at byte {tensor.start} "
-                f"and {what} {last}, which ends at byte {at}"
-            )
-
-        at, last = tensor.stop, repr(tensor.name)
-
-    if at != stop:
-        raise CheckpointError(f"{file}: the header describes {at} bytes of a file of {stop} bytes")
 
 
 def _stored(directory: Path) -> tuple[StoredTensor, ...]:
@@ -319,7 +175,7 @@ def _stored(directory: Path) -> tuple[StoredTensor, ...]:
     if not index_file.exists():
         raise CheckpointError(f"checkpoint {str(directory)!r} has neither {_SINGLE} nor {_INDEX}")
 
-    weight_map = _read_json(index_file).get("weight_map")
+    weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise CheckpointError(f"{index_file}: weight_map is {weight_map!r}, not an object")
 
@@ -341,70 +197,6 @@ def _stored(directory: Path) -> tuple[StoredTensor, ...]:
         tensors.append(headers[file_name][name])
 
     return tuple(tensors)
-
-
-def _read_json(file: Path) -> dict[str, object]:
-    with _opened(file) as stream:
-        return _parse_json(file, stream.read())
-
-
-def _parse_json(file: Path, text: bytes) -> dict[str, object]:
-    """Return the JSON object in ``text``; a key given twice is an error, since either could be meant."""
-    try:
-        value: object = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{file}: not valid JSON: {exc}") from exc
-
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(value).__name__}, not an object")
-
-    return value
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} is given twice")
-
-        found[key] = value
-
-    return found
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[BinaryIO]:
-    """
-    Open a file to read, if it is one: a pipe would never come to its end.
-
-    :raises CheckpointError: when it is none, has an impossible name, or cannot be read
-    """
-    try:
-        # Not blocking: to open a pipe waits for somebody to write to it.
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as exc:
-        raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
-    except ValueError as exc:
-        raise CheckpointError(f"{str(file)!r} is no name of a file: {exc}") from exc
-
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{file}: not a regular file")
-
-    try:
-        with open(descriptor, "rb") as stream:
-            yield stream
-    except OSError as exc:
-        raise CheckpointError(f"{file}: cannot be read: {exc.strerror}") from exc
-
-
-def _map(file: Path) -> mmap.mmap:
-    """Map a file. A private, writable mapping, since torch warns of buffers it could not write to."""
-    with _opened(file) as stream:
-        try:
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as exc:
-            raise CheckpointError(f"{file}: cannot be mapped: {exc}") from exc
 
 
 def _slices(box: Box) -> list[slice]:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from wavecast.runtime.checkpoint import Checkpoint, read_header
+from wavecast.runtime.checkpoint import Checkpoint
 from wavecast.runtime.errors import CheckpointError, ConfigError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.hf import layouts, logical_tensors
 from wavecast.runtime.layout.mesh import MeshSpec
 from wavecast.runtime.presets import PRESETS, preset
+from wavecast.runtime.safetensors import read_header
 
 DTYPES = [
     "bool",
