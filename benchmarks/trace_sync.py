@@ -34,6 +34,7 @@ from wavecast.runtime.transfer import session
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Boards
 from wavecast.runtime.transfer.pull import Puller
+from wavecast.runtime.transfer.runs import Runs
 from wavecast.runtime.transfer.session import Session
 from wavecast.runtime.transfer.staging import Staging
 
@@ -86,7 +87,7 @@ class TracedActor(DemoActor):
         """Wrap what an actor does in a sync."""
         marks = self._marks = Marks()
         marks.wrap(Agent, "serve", lambda agent, request, *_: f"serves {type(request).__name__}")
-        marks.wrap(Agent, "_begin", lambda *_: "begins")
+        marks.wrap(Runs, "begin", lambda *_: "begins")
         marks.wrap(Session, "ring", lambda *_: "rings the bell")
         marks.wrap(Session, "_begin_steps", lambda *_: "begins its steps")
         marks.wrap(Session, "_step", lambda own, run, request: f"queues step {request.step}")

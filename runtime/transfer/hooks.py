@@ -1,27 +1,21 @@
-"""The user's hooks around a sync: which is due at which request, and calling it."""
+"""The user's hooks around a sync: which is due at which request."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import logging
 import threading
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from typing import NamedTuple
 
 from wavecast.runtime import errors
 from wavecast.runtime.transfer.messages import Abort, Begin, Close, Commit, Request, RunHook, RunId
 
-__all__ = ("HOOKS", "Hook", "HookCall", "Hooks", "call_hooks", "call_hooks_async")
+__all__ = ("HOOKS", "Hook", "HookCall", "Hooks")
 
 #: In the order in which a sync comes to them; the last two exclude each other.
 HOOKS = ("before_sync", "before_commit", "after_commit", "after_abort")
 
 Hook = Callable[[int], Awaitable[None] | None]
-
-_log = logging.getLogger(__name__)
 
 
 class HookCall(NamedTuple):
@@ -164,45 +158,3 @@ class Hooks:
     def _call(self, name: str, version: int) -> list[HookCall]:
         hook = self._hooks.get(name)
         return [] if hook is None else [HookCall(name, version, hook)]
-
-
-def call_hooks(calls: Sequence[HookCall], *, log_errors: bool = False) -> float:
-    """
-    Call hooks on this thread and return the seconds they took; an awaitable runs on an event loop of its own.
-
-    :param log_errors: nobody waits for what they raise
-    """
-    start = time.perf_counter()
-    for call in calls:
-        try:
-            found = call.hook(call.version)
-            if inspect.isawaitable(found):
-                asyncio.run(_wait_for(found))
-        except Exception:
-            if not log_errors:
-                raise
-
-            _log.exception("%s(%d) failed", call.name, call.version)
-
-    return time.perf_counter() - start
-
-
-async def call_hooks_async(calls: Sequence[HookCall], *, log_errors: bool = False) -> float:
-    """Call hooks on the running event loop and return the seconds they took; otherwise as :func:`call_hooks`."""
-    start = time.perf_counter()
-    for call in calls:
-        try:
-            found = call.hook(call.version)
-            if inspect.isawaitable(found):
-                await found
-        except Exception:
-            if not log_errors:
-                raise
-
-            _log.exception("%s(%d) failed", call.name, call.version)
-
-    return time.perf_counter() - start
-
-
-async def _wait_for(found: Awaitable[None]) -> None:
-    await found

@@ -28,6 +28,7 @@ class Run:
     :ivar end: after all that was queued for it on the device, where that is known beforehand
     :ivar close: ends the run on this actor; ``None`` when the driver does
     :ivar failed: a step of it did, whoever has been told so yet
+    :ivar releases_memory: nothing of this actor's memory is mapped any more, and its commit lets go of it
     """
 
     def __init__(self, name: RunId, actor: int, memory: Memory) -> None:
@@ -43,6 +44,7 @@ class Run:
         self.lends = False
         self.opened = False
         self.failed = False
+        self.releases_memory = False
         self.given_up = ""
         self.copier: Copier | None = None
         self.tally: Tally | None = None

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Sequence
 from typing import cast
 
 from wavecast.runtime.layout.shard import Shard
-from wavecast.runtime.transfer.agent import Agent, Host
+from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.hooks import HOOKS, Hook
+from wavecast.runtime.transfer.host import Host
 from wavecast.runtime.transfer.messages import Request, decode, encode
 
 __all__ = ("TransferWorker", "overridden_hooks")

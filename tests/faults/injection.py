@@ -12,9 +12,10 @@ import torch
 from wavecast.runtime import Shard
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed
-from wavecast.runtime.transfer.agent import Agent, Host
+from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.comm import Communicator, Deadline, Fence, Move
 from wavecast.runtime.transfer.hooks import Hook
+from wavecast.runtime.transfer.host import Host
 from wavecast.runtime.transfer.memory import as_bits
 from wavecast.runtime.transfer.messages import Commit, Compare, Connect, Probe, Reply, Request, RunHook, RunStep
 from wavecast.runtime.transfer.program import Program
@@ -263,7 +264,7 @@ class FaultyAgent(Agent):
             self._injector.arrived(request)
 
         if isinstance(request, Probe | Compare) and self._injector.due(request, "bit"):
-            run = self._session(request.run).current(request.run)
+            run = self._runs.session(request.run).current(request.run)
             _flip(next(shard.view for shard in run.memory.shards if shard.view.ndim == 2))
 
         return super()._start(request, host, attachments, hook_seconds)

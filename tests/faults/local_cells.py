@@ -90,7 +90,7 @@ class FaultyActor(LocalActor):
 
     def bury(self) -> None:
         """End the threads of a dead actor, as its process' end does."""
-        for session in self.agent._sessions.values():
+        for session in self.agent._runs._sessions.values():
             session.close()
 
     @property

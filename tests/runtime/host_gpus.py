@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -29,13 +29,14 @@ from tests.runtime.transfer.host_device import UNITS_PER_TILE, Exporter, allocat
 from wavecast.runtime.errors import TransportUnavailable
 from wavecast.runtime.layout.shard import Shard
 from wavecast.runtime.transfer import (
-    agent,
     arrivals,
     board,
     fused,
+    holding,
     lending,
     pull,
     run,
+    runs,
     session,
     shadow,
     staging,
@@ -43,6 +44,9 @@ from wavecast.runtime.transfer import (
 )
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence, Move
+from wavecast.runtime.transfer.futures import Promise
+from wavecast.runtime.transfer.holding import Holding
+from wavecast.runtime.transfer.hooks import Hook
 from wavecast.runtime.transfer.memory import Memory
 from wavecast.runtime.transfer.messages import (
     CloseRun,
@@ -57,9 +61,11 @@ from wavecast.runtime.transfer.messages import (
     encode,
 )
 from wavecast.runtime.transfer.run import Run
+from wavecast.runtime.transfer.runs import Runs
 from wavecast.runtime.transfer.session import Session
 from wavecast.runtime.transfer.shadow import Shadow
 from wavecast.runtime.transfer.tables import Table
+from wavecast.runtime.transfer.weights import Weights
 from wavecast.runtime.transfer.worker import overridden_hooks
 
 CPU = torch.device("cpu")
@@ -344,14 +350,14 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setitem(
         sys.modules, "wavecast.runtime.transfer.kernels", cast("Any", SimpleNamespace(UNITS_PER_TILE=UNITS_PER_TILE))
     )
-    for module in (agent, board, fused, pull, run, session, shadow, staging):
+    for module in (board, fused, holding, pull, run, session, shadow, staging):
         monkeypatch.setattr(module, "torch", GpuTorch(machine))
 
     lay_down = tables._table
     monkeypatch.setattr(tables, "_table", lambda segments, unit, tile, device: lay_down(segments, unit, tile, CPU))
     monkeypatch.setattr(tables, "_launch", machine.launch)
-    monkeypatch.setattr(agent, "has_kernels", lambda: True)
-    monkeypatch.setattr(agent, "warm_up", lambda device: None)
+    monkeypatch.setattr(runs, "has_kernels", lambda: True)
+    monkeypatch.setattr(runs, "warm_up", lambda device: None)
     monkeypatch.setattr(fused, "read_async", machine.fetch)
     monkeypatch.setattr(lending, "Exporter", Exporter)
     monkeypatch.setattr(lending, "make_current", machine.make_current)
@@ -408,9 +414,38 @@ class GpuSession(StorelessSession):
         return StreamedCommunicator(super()._join(request, address, device, deadline), cast("Gpu", device))
 
 
-class GpuAgent(Agent):
+class GpuHolding(Holding):
+    """Takes its shards for a device's memory."""
+
+    def __init__(self, hook: Callable[[], Sequence[Shard]], gpu: Gpu) -> None:
+        super().__init__(hook)
+        self._gpu = gpu
+
+    def read(self, actor: int, *, in_haste: bool = False) -> Memory:
+        return placed(super().read(actor, in_haste=in_haste), self._gpu)
+
+
+class GpuWeights(Weights):
+    """Takes the second copy of its shards for a device's memory."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__()
+        self._gpu = gpu
+
+    def _second_copy(self, live: Memory) -> Shadow:
+        copy = super()._second_copy(live)
+        placed(copy.memory, self._gpu)
+        return copy
+
+
+def placed(memory: Memory, gpu: Gpu) -> Memory:
+    memory.device = cast("torch.device", gpu)
+    return memory
+
+
+class GpuRuns(Runs):
     """
-    Takes its shards for a device's memory.
+    Tells of what happens.
 
     :ivar commits: the versions of its commits, whoever asked for them
     :ivar on_commit: called after each
@@ -419,7 +454,6 @@ class GpuAgent(Agent):
     :ivar on_let_close: called in a begin, before its steps start
     """
 
-    gpu: Gpu
     on_commit: Callable[[], object] = staticmethod(lambda: None)
     on_early: Callable[[], object] = staticmethod(lambda: None)
     on_step: Callable[[], object] = staticmethod(lambda: None)
@@ -429,8 +463,8 @@ class GpuAgent(Agent):
     def commits(self) -> list[int | None]:
         return []
 
-    def _commit(self, session: Session, request: Commit) -> Committed:
-        reply = super()._commit(session, request)
+    def commit(self, session: Session, request: Commit) -> Committed:
+        reply = super().commit(session, request)
         self.commits.append(request.version)
         self.on_commit()
         return reply
@@ -439,25 +473,25 @@ class GpuAgent(Agent):
         self.on_let_close()
         super()._let_close(session, run, close, before, idle=idle)
 
-    def _step(self, request: RunStep) -> Future[Reply]:
+    def step(self, request: RunStep) -> Promise[Reply]:
         self.on_step()
-        reply = super()._step(request)
+        reply = super().step(request)
         if self._early:
             self.on_early()
 
         return reply
 
-    def _read_shards(self, actor: int, *, in_haste: bool = False) -> Memory:
-        return self._placed(super()._read_shards(actor, in_haste=in_haste))
 
-    def _second_copy(self, live: Memory) -> Shadow:
-        copy = super()._second_copy(live)
-        self._placed(copy.memory)
-        return copy
+class GpuAgent(Agent):
+    """An agent of a process with a GPU."""
 
-    def _placed(self, memory: Memory) -> Memory:
-        memory.device = cast("torch.device", self.gpu)
-        return memory
+    def __init__(
+        self, shards: Callable[[], Sequence[Shard]], *, gpu: Gpu, hooks: dict[str, Hook], wires: Wires
+    ) -> None:
+        super().__init__(shards, hooks=hooks)
+        self._holding = GpuHolding(shards, gpu)
+        self._weights = GpuWeights(gpu)
+        self._runs: GpuRuns = GpuRuns(self._holding, self._weights, self._hooks, make_session=lambda: GpuSession(wires))
 
 
 class GpuActor(LocalActor):
@@ -475,10 +509,7 @@ class GpuActor(LocalActor):
         self.log = log
         self.held: dict[type[Request], asyncio.Event] = {}
         self._pool = pool
-        self.agent: GpuAgent = GpuAgent(
-            worker.transfer_shards, hooks=overridden_hooks(worker), make_session=lambda: GpuSession(wires)
-        )
-        self.agent.gpu = gpu
+        self.agent: GpuAgent = GpuAgent(worker.transfer_shards, gpu=gpu, hooks=overridden_hooks(worker), wires=wires)
 
     def remote(self, call: bytes, *attachments: Answer) -> Answer:
         request, _ = cast("tuple[Request, object]", decode(call))
@@ -643,7 +674,7 @@ class GpuStage(Stage):
 
     def lanes(self) -> list[threading.Thread]:
         """The threads on which actors' sessions map and unmap memory."""
-        return [each.lane._thread for actor in self.actors for each in actor.agent._sessions.values()]
+        return [each.lane._thread for actor in self.actors for each in actor.agent._runs._sessions.values()]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

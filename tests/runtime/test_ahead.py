@@ -448,7 +448,7 @@ async def test_a_death_before_all_have_begun_is_told_as_such(machine: Machine) -
         assert caught.value.actors == (3,)
 
     # As the end of its process would.
-    for session in stage.replicas[0][1].agent._sessions.values():
+    for session in stage.replicas[0][1].agent._runs._sessions.values():
         session.close()
 
 
@@ -488,14 +488,14 @@ async def test_a_step_that_comes_before_its_begin_waits_for_it(
         early = gpu_actor(stage.actors[number])
         gate = early.held[Begin] = asyncio.Event()
         came, loop = asyncio.Event(), asyncio.get_running_loop()
-        early.agent.on_early = lambda: loop.call_soon_threadsafe(came.set)
+        early.agent._runs.on_early = lambda: loop.call_soon_threadsafe(came.set)
         sync = asyncio.ensure_future(group.sync())
         await came.wait()
-        assert len(early.agent._early) > 0
+        assert len(early.agent._runs._early) > 0
         gate.set()
         await sync
         assert stage.arrived()
-        assert early.agent._early == []
+        assert early.agent._runs._early == []
         assert stage.take() == [WARM] * 4
 
 
@@ -715,7 +715,8 @@ def listening(machine: Machine, gpus: set[int]) -> asyncio.Event:
 
 def corrupt(machine: Machine, actor: LocalActor) -> None:
     """Flip a bit of the next bytes of the matrix that ``actor`` is written to."""
-    own = actor.agent._shadow.memory.shards[0].view if actor.agent._shadow is not None else holder(actor).matrix
+    shadow = actor.agent._weights._shadow
+    own = shadow.memory.shards[0].view if shadow is not None else holder(actor).matrix
     assert isinstance(own, torch.Tensor)
     low, high = own.data_ptr(), own.data_ptr() + own.numel() * 4
 

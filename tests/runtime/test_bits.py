@@ -166,7 +166,7 @@ async def test_an_actor_with_another_plan_is_an_error_that_names_both_digests_an
     async with group_of(stage) as group:
         await group.sync(1)
         stage.fill(2.0)
-        (session,) = stage.actors[number].agent._sessions.values()
+        (session,) = stage.actors[number].agent._runs._sessions.values()
         program = session._program
         assert program is not None
         session._program = replace(program, digest="another")

@@ -56,13 +56,13 @@ def standings(stage: GpuStage) -> list[Standing]:
 
 def commits(stage: GpuStage) -> list[list[int | None]]:
     """What the engines have committed, each."""
-    return [gpu_actor(actor).agent.commits for replica in stage.replicas for actor in replica]
+    return [gpu_actor(actor).agent._runs.commits for replica in stage.replicas for actor in replica]
 
 
 def agreeing(stage: GpuStage, reader: LocalActor, peer: LocalActor) -> asyncio.Event:
     """Return what is set once ``reader`` has looked whether ``peer`` agrees, a second time too."""
     found, loop = asyncio.Event(), asyncio.get_running_loop()
-    (session,) = peer.agent._sessions.values()
+    (session,) = peer.agent._runs._sessions.values()
     assert session.announcer.board is not None
     # Of an engine's board nothing else is of use to another engine.
     board = session.announcer.board.page.data_ptr()
@@ -81,14 +81,14 @@ def agreeing(stage: GpuStage, reader: LocalActor, peer: LocalActor) -> asyncio.E
 def committed(stage: GpuStage) -> asyncio.Event:
     """Return what is set once every actor has committed once more."""
     found, loop = asyncio.Event(), asyncio.get_running_loop()
-    before = sum(len(gpu_actor(actor).agent.commits) for actor in stage.actors)
+    before = sum(len(gpu_actor(actor).agent._runs.commits) for actor in stage.actors)
 
     def look() -> None:
-        if sum(len(gpu_actor(actor).agent.commits) for actor in stage.actors) == before + len(stage.actors):
+        if sum(len(gpu_actor(actor).agent._runs.commits) for actor in stage.actors) == before + len(stage.actors):
             loop.call_soon_threadsafe(found.set)
 
     for actor in stage.actors:
-        gpu_actor(actor).agent.on_commit = look
+        gpu_actor(actor).agent._runs.on_commit = look
 
     return found
 
@@ -111,7 +111,7 @@ async def test_all_receivers_commit_by_themselves_and_say_their_version(
         assert group.versions() == await group.refresh() == {0: 7, 1: 7}
         assert commits(stage) == [[1, 7]] * 4
         # Nothing is left of the run on any of them.
-        assert [session.run for actor in stage.actors for session in actor.agent._sessions.values()] == [None] * 8
+        assert [session.run for actor in stage.actors for session in actor.agent._runs._sessions.values()] == [None] * 8
 
 
 async def test_steps_that_are_asked_for_after_their_run_has_closed_are_answered(machine: Machine) -> None:
@@ -143,9 +143,9 @@ async def test_a_step_that_is_asked_for_while_its_begin_starts_it_is_done_once(
         await warm(stage, group)
         engine = gpu_actor(stage.replicas[0][0])
         came = threading.Event()
-        engine.agent.on_step = came.set
+        engine.agent._runs.on_step = came.set
         # Another thread is at the door by then.
-        engine.agent.on_let_close = lambda: came.wait(5)
+        engine.agent._runs.on_let_close = lambda: came.wait(5)
         await group.sync()
         assert came.is_set()
         assert stage.arrived()
@@ -174,7 +174,7 @@ async def test_an_actor_with_nothing_to_do_is_through_at_its_begin(machine: Mach
         held = gpu_actor(stage.replicas[0][1]).held[Begin] = asyncio.Event()
         sync = asyncio.ensure_future(group.sync())
         await begun.wait()
-        (session,) = stage.trainers[1].agent._sessions.values()
+        (session,) = stage.trainers[1].agent._runs._sessions.values()
         assert session.run is None
         held.set()
         await sync
@@ -296,7 +296,7 @@ async def test_torn_weights_of_a_source_are_refused_and_no_receiver_is_left_wait
     async with group_of(stage) as group:
         await warm(stage, group)
         source = stage.trainers[0].agent
-        source._written_by, source._was_torn = None, True
+        source._weights._written_by, source._weights._was_torn = None, True
         # It may be a while until the driver hears of it: the others have begun, and done all they can.
         gate = gpu_actor(stage.trainers[1]).held[Begin] = asyncio.Event()
         # The second engine's rows are the second trainer's.
@@ -305,7 +305,7 @@ async def test_torn_weights_of_a_source_are_refused_and_no_receiver_is_left_wait
         await looking.wait()
         await begun.wait()
         machine.advance()
-        (session,) = source._sessions.values()
+        (session,) = source._runs._sessions.values()
         assert session.announcer.board is not None
         serial = int(session.announcer.board.page[BEGUN])
         assert session.announcer.board.page[: AGREED + 1].tolist() == [serial, -serial, -serial]
@@ -316,7 +316,7 @@ async def test_torn_weights_of_a_source_are_refused_and_no_receiver_is_left_wait
 
         assert time.monotonic() - start < 1
         assert commits(stage) == [[1]] * 2
-        source._written_by, source._was_torn = None, False
+        source._weights._written_by, source._weights._was_torn = None, False
         await group.sync()
         assert stage.arrived()
         await is_ahead(stage, group)
@@ -401,7 +401,7 @@ async def test_a_receiver_whose_peer_dies_before_it_agrees_is_freed_and_does_not
         assert waiting.agent.standing == Standing(1, True, 2)
 
     # As the end of its process would.
-    for session in dying.agent._sessions.values():
+    for session in dying.agent._runs._sessions.values():
         session.close()
 
 
@@ -650,7 +650,7 @@ async def test_a_replica_that_is_copied_from_a_peer_is_committed_by_the_driver(m
     async with group_of(stage) as group:
         await warm(stage, group)
         for actor in stage.replicas[1]:
-            actor.agent.version = 0
+            actor.agent._weights.version = 0
 
         await group.refresh()
         stage.renew(0)

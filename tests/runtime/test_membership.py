@@ -219,7 +219,7 @@ async def test_a_new_driver_learns_from_the_replicas_what_there_is_to_catch_up_w
 
     fresh = Stage(replicas=1)
     for actor in fresh.actors:
-        actor.agent._make_session = stage.trainers[0].agent._make_session
+        actor.agent._runs._make_session = stage.trainers[0].agent._runs._make_session
 
     stage.replicas.append(fresh.replicas[0])
     async with group_of(stage) as group:

@@ -12,7 +12,7 @@ from tests.runtime.host_gpus import GpuActor, GpuStage, Kept, Machine, bits, mov
 from tests.runtime.local_actors import LocalActor, holder, local
 from tests.runtime.test_ahead import group_of, machine, warm
 from wavecast.runtime import ActorFailed, FixedShards, ParameterSyncGroup, Shard, Torn, TransportUnavailable
-from wavecast.runtime.transfer import agent, lending
+from wavecast.runtime.transfer import holding, lending
 from wavecast.runtime.transfer.messages import Begin, decode
 from wavecast.runtime.transfer.run import Run
 
@@ -78,7 +78,7 @@ async def test_what_is_somebody_elses_by_now_is_not_written_to(machine: Machine,
         await sync_twice(stage, group)
         engine = stage.replicas[0][0]
         assert isinstance(engine, GpuActor)
-        memory = engine.agent._memory
+        memory = engine.agent._holding.memory
         assert memory is not None
         looked_at = {id(view) for view in memory._sample.views}
         many = held(engine, Many).many  # type: ignore[attr-defined]
@@ -106,12 +106,12 @@ async def test_a_trainers_tensor_that_moves_while_it_is_pulled_beside_what_is_st
         stage.renew(301)
         gate = [False]
         for actor in stage.actors:
-            (session,) = actor.agent._sessions.values()
+            (session,) = actor.agent._runs._sessions.values()
             assert session._puller is not None
             for stream in session._puller._streams:
                 stream.put_waiting(lambda: gate[0])  # type: ignore[attr-defined]
 
-        (session,) = stage.trainers[0].agent._sessions.values()
+        (session,) = stage.trainers[0].agent._runs._sessions.values()
         queue, moved = session._steps, []
 
         def move_behind(run: Run, requests: object) -> object:
@@ -148,7 +148,7 @@ async def test_memory_that_turns_out_not_to_be_shared_goes_another_way(
 
             return super().locate(address)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(agent, "why_not_shared", lambda memory: "")
+    monkeypatch.setattr(holding, "why_not_shared", lambda memory: "")
     monkeypatch.setattr(lending, "Exporter", Refusing)
     async with group_of(stage, transport=transport) as group:
         stage.renew(1)

@@ -126,8 +126,8 @@ async def test_mappings_are_given_back_before_the_commit_and_made_anew(machine: 
                 assert ("Load" in asked) == (number == 0)
 
             agents = [gpu_actor(actor).agent for actor in stage.actors]
-            assert [agent._memory for agent in agents] == [None] * 4
-            sessions = [session for agent in agents for session in agent._sessions.values()]
+            assert [agent._holding.memory for agent in agents] == [None] * 4
+            sessions = [session for agent in agents for session in agent._runs._sessions.values()]
             assert [session._puller for session in sessions] == [None] * 4
 
             assert not any(stage.machine.opened.values())

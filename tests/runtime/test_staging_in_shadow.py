@@ -110,7 +110,7 @@ async def test_a_flip_that_fails_tears_the_replica(monkeypatch: pytest.MonkeyPat
     stage = Stage()
     async with group_of(stage) as group:
         await group.sync(1)
-        shadow = stage.replicas[0][0].agent._shadow
+        shadow = stage.replicas[0][0].agent._weights._shadow
         assert shadow is not None
 
         def fail(shards: object, names: object) -> float:
@@ -132,17 +132,17 @@ async def test_the_second_copy_is_made_once_and_given_back() -> None:
     agent = stage.replicas[0][0].agent
     async with group_of(stage) as group:
         await group.sync()
-        first = agent._shadow
+        first = agent._weights._shadow
         # The weights may move meanwhile.
         held = holder(stage.replicas[0][0])
         held.matrix = held.matrix.clone()
         stage.fill(3.0)
         await group.sync()
-        assert agent._shadow is first
+        assert agent._weights._shadow is first
         assert stage.values(0) == {3.0}
-        assert stage.trainers[0].agent._shadow is None
+        assert stage.trainers[0].agent._weights._shadow is None
 
-    assert agent._shadow is None
+    assert agent._weights._shadow is None
 
 
 async def test_a_replica_torn_in_place_is_healed_in_shadow() -> None:

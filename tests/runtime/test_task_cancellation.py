@@ -141,7 +141,7 @@ async def test_a_group_is_closed_although_its_closer_is_cancelled() -> None:
     group = group_of(stage)
     await group.sync(1)
     await cancelled_when_closing(stage, stage.trainers[1], group.aclose())
-    assert [len(actor.agent._sessions) for actor in stage.actors] == [0] * 6
+    assert [len(actor.agent._runs._sessions) for actor in stage.actors] == [0] * 6
     await group.aclose()
     assert [actor.kinds().count("Close") for actor in stage.actors] == [1] * 6
 
@@ -157,7 +157,7 @@ async def test_whoever_closes_second_waits_for_the_first() -> None:
     assert not any(closer.done() for closer in closers)
     go.set()
     await asyncio.gather(*closers)
-    assert [len(actor.agent._sessions) for actor in stage.actors] == [0] * 6
+    assert [len(actor.agent._runs._sessions) for actor in stage.actors] == [0] * 6
 
 
 async def test_a_peer_that_has_another_version_than_the_group_believes_is_not_copied() -> None:

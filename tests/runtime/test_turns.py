@@ -213,7 +213,7 @@ async def test_closing_sends_away_those_that_wait() -> None:
 
     assert [kind for _, kind in callers.ended] == [GroupClosed] * 3
     # Nothing of the one that ran opened anything again behind the close.
-    assert all(actor.agent._sessions == {} for actor in stage.actors)
+    assert all(actor.agent._runs._sessions == {} for actor in stage.actors)
 
 
 async def test_a_change_of_members_waits_for_its_turn_too() -> None:

@@ -220,7 +220,7 @@ async def test_a_torn_source_is_refused() -> None:
     torn[0].dead, torn[0].on_request = False, lambda request: None
     other = Stage(replicas=1)
     for actor in (*torn, *other.replicas[0]):
-        actor.agent._make_session = stage.trainers[0].agent._make_session
+        actor.agent._runs._make_session = stage.trainers[0].agent._runs._make_session
 
     chain = ParameterSyncGroup(ModelGroup("relay", [torn]), ModelGroup("rollout", other.replicas))
     async with chain:
