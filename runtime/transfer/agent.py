@@ -98,7 +98,7 @@ class Agent:
             future = self._start(request, host, attachments, seconds)
             if isinstance(request, Begin) and request.ahead:
                 # This thread would hold up the one that starts the transfer; the answer can wait.
-                self._runs.session(request.run).under_way.wait(_GIVE_WAY_SECONDS)
+                self._runs.session(request.run).steps.under_way.wait(_GIVE_WAY_SECONDS)
 
             deadline = Deadline(request.seconds if isinstance(request, RunStep) else math.inf)
             while not future.done():

@@ -52,12 +52,12 @@ def answer_on_lane(
 
 
 def _load(request: Load, session: Session, weights: Weights) -> Done:
-    session.current(request.run)
+    run = session.current(request.run)
     with collector_paused():
         program = request.program.unpack()
 
     weights.receives(request.run.group, program)
-    session.load(program)
+    session.equipment.load(program, run.memory.device)
     return Done()
 
 
@@ -72,29 +72,29 @@ def _attach(request: Attach, session: Session, attachments: tuple[object, ...]) 
 
         found[sender] = attachment.addresses
 
-    session.attach(request.run, found)
+    session.equipment.attach(session.current(request.run), found)
     return Done()
 
 
 def _disconnect(request: Disconnect, session: Session) -> Done:
     run = session.current(request.run)
     if request.communicators:
-        session.disconnect()
+        session.equipment.drop_connection(abort=False)
 
     if request.memory:
-        session.detach()
+        session.equipment.detach()
         run.releases_memory = True
 
     return Done()
 
 
 def _probe(request: Probe, session: Session) -> Excerpt:
-    run = session.current(request.run)
-    return Excerpt(read_step(session.buckets_of(request.step), session.memory_of(run)))
+    run, equipment = session.current(request.run), session.equipment
+    return Excerpt(read_step(equipment.buckets_of(request.step), equipment.memory_of(run)))
 
 
 def _compare(request: Compare, session: Session, attachments: tuple[object, ...]) -> Reply:
-    run = session.current(request.run)
+    run, equipment = session.current(request.run), session.equipment
     (attachment,) = attachments
     if isinstance(attachment, Failure):
         return attachment
@@ -102,4 +102,4 @@ def _compare(request: Compare, session: Session, attachments: tuple[object, ...]
     if not isinstance(attachment, Excerpt):
         raise TypeError(f"expected the sender's excerpt, got {type(attachment).__name__}")
 
-    return Done(compare_step(session.buckets_of(request.step), session.memory_of(run), attachment.data))
+    return Done(compare_step(equipment.buckets_of(request.step), equipment.memory_of(run), attachment.data))

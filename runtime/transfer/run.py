@@ -55,6 +55,15 @@ class Run:
             self.ready = torch.cuda.Event()
             self.ready.record(torch.cuda.current_stream(memory.device))
 
+    def close_with(self, peers: tuple[int, ...], close: Callable[[], object]) -> None:
+        """
+        Let the run end by itself once its steps are through and ``peers`` agree.
+
+        :param close: ends it on this actor
+        """
+        self.peers = peers
+        self.close = close
+
     def spend(self, seconds: float) -> None:
         """Add to what this actor's threads spent on the run."""
         self.host_seconds += seconds

@@ -161,7 +161,7 @@ class Runs:
         if idle:
             end()
         else:
-            session.let_close(run, close.peers, end)
+            run.close_with(close.peers, end)
 
     def commit(self, session: Session, request: Commit) -> Committed:
         """End a run that went well."""

@@ -218,9 +218,22 @@ def faulty_session(injector: Injector, kind: type[Session], *args: object) -> Se
     class FaultySession(kind):  # type: ignore[misc, valid-type]
         _at: RunStep | None = None
 
-        def load(self, program: Program) -> None:
-            injector.steps = len(program.steps)
-            super().load(program)
+        def __init__(self) -> None:
+            super().__init__(*args)
+            load, queue = self.equipment.load, self.steps.queue
+
+            def counted(program: Program, device: torch.device) -> None:
+                injector.steps = len(program.steps)
+                load(program, device)
+
+            def struck(run: Run, request: RunStep) -> list[Fence]:
+                self._at = request
+                if injector.due(request, "memory"):
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+
+                return queue(run, request)  # type: ignore[no-any-return]
+
+            self.equipment.load, self.steps.queue = counted, struck
 
         def _join(self, request: Connect, address: str, device: torch.device, deadline: Deadline) -> Communicator:
             if injector.due(request, "memory"):
@@ -228,15 +241,7 @@ def faulty_session(injector: Injector, kind: type[Session], *args: object) -> Se
 
             return _FaultyCommunicator(super()._join(request, address, device, deadline), injector, lambda: self._at)
 
-        def _step(self, run: Run, request: RunStep) -> Sequence[Fence]:
-            self._at = request
-            if injector.due(request, "memory"):
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-            fences: Sequence[Fence] = super()._step(run, request)
-            return fences
-
-    return FaultySession(*args)
+    return FaultySession()
 
 
 class FaultyAgent(Agent):

@@ -37,7 +37,6 @@ from wavecast.runtime.transfer import (
     pull,
     run,
     runs,
-    session,
     shadow,
     staging,
     tables,
@@ -350,7 +349,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setitem(
         sys.modules, "wavecast.runtime.transfer.kernels", cast("Any", SimpleNamespace(UNITS_PER_TILE=UNITS_PER_TILE))
     )
-    for module in (board, fused, holding, pull, run, session, shadow, staging):
+    for module in (board, fused, holding, pull, run, shadow, staging):
         monkeypatch.setattr(module, "torch", GpuTorch(machine))
 
     lay_down = tables._table

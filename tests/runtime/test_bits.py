@@ -167,9 +167,9 @@ async def test_an_actor_with_another_plan_is_an_error_that_names_both_digests_an
         await group.sync(1)
         stage.fill(2.0)
         (session,) = stage.actors[number].agent._runs._sessions.values()
-        program = session._program
+        program = session.equipment._program
         assert program is not None
-        session._program = replace(program, digest="another")
+        session.equipment._program = replace(program, digest="another")
         start = time.monotonic()
         with pytest.raises(SyncError, match=f"has program another, it was asked to run {program.digest}") as caught:
             await group.sync(2, deadline=20.0)

@@ -116,6 +116,6 @@ async def test_a_death_that_a_peer_sees_before_ray_does_is_told_as_a_death() -> 
 
 def break_wires(actor: LocalActor) -> None:
     for session in actor.agent._runs._sessions.values():
-        communicator = session._communicator
+        communicator = session.equipment._communicator
         assert communicator is not None
         communicator.abort()

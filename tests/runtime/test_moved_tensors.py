@@ -107,12 +107,12 @@ async def test_a_trainers_tensor_that_moves_while_it_is_pulled_beside_what_is_st
         gate = [False]
         for actor in stage.actors:
             (session,) = actor.agent._runs._sessions.values()
-            assert session._puller is not None
-            for stream in session._puller._streams:
+            assert session.equipment.puller is not None
+            for stream in session.equipment.puller._streams:
                 stream.put_waiting(lambda: gate[0])  # type: ignore[attr-defined]
 
         (session,) = stage.trainers[0].agent._runs._sessions.values()
-        queue, moved = session._steps, []
+        queue, moved = session.steps.queue_first, []
 
         def move_behind(run: Run, requests: object) -> object:
             fences = queue(run, requests)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ async def test_a_trainers_tensor_that_moves_while_it_is_pulled_beside_what_is_st
 
             return fences
 
-        session._steps = move_behind  # type: ignore[method-assign, assignment]
+        session.steps.queue_first = move_behind  # type: ignore[method-assign, assignment]
         await group.sync()
         assert moved
         assert stage.arrived()

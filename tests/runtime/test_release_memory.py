@@ -128,7 +128,7 @@ async def test_mappings_are_given_back_before_the_commit_and_made_anew(machine: 
             agents = [gpu_actor(actor).agent for actor in stage.actors]
             assert [agent._holding.memory for agent in agents] == [None] * 4
             sessions = [session for agent in agents for session in agent._runs._sessions.values()]
-            assert [session._puller for session in sessions] == [None] * 4
+            assert [session.equipment.puller for session in sessions] == [None] * 4
 
             assert not any(stage.machine.opened.values())
 

@@ -621,7 +621,9 @@ async def test_close_lets_go_of_staging_connection_and_thread() -> None:
     threads = transfer_threads() - before
     assert len(threads) == 5
     # The only way to see that memory is given back is to see that nothing holds it.
-    staging = [weakref.ref(session._staging) for agent in crew.agents for session in agent._runs._sessions.values()]
+    staging = [
+        weakref.ref(session.equipment.staging) for agent in crew.agents for session in agent._runs._sessions.values()
+    ]
     assert all(ref() is not None for ref in staging)
     expect(Done, await crew.ask_all(lambda actor: Close(crew.group)))
     await until(lambda: not any(thread.is_alive() for thread in threads))
@@ -799,7 +801,9 @@ async def test_communicators_are_given_back_and_made_anew() -> None:
     world.fill(1)
     await crew.sync(1, connect=True)
     await crew.begin()
-    staging = [weakref.ref(session._staging) for agent in crew.agents for session in agent._runs._sessions.values()]
+    staging = [
+        weakref.ref(session.equipment.staging) for agent in crew.agents for session in agent._runs._sessions.values()
+    ]
     expect(Done, await crew.ask_all(lambda actor: Disconnect(crew.run)))
     gc.collect()
     assert [ref() for ref in staging] == [None] * 5
