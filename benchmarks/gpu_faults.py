@@ -39,7 +39,7 @@ from wavecast.runtime.report import Torn
 from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fence, Move
 from wavecast.runtime.transfer.messages import RunStep
 from wavecast.runtime.transfer.run import Run
-from wavecast.runtime.transfer.session import Session
+from wavecast.runtime.transfer.steps import Steps
 
 __all__ = ("Cell", "StruckActor", "main")
 
@@ -63,24 +63,25 @@ class StruckActor(DemoActor):
         :param fault: ``"kill"`` or ``"stop"``
         :param witness: a file to which is written, before the strike, what was under way: the dead tell nothing
         """
-        unwatched = Session._step
+        unwatched = Steps.queue
 
-        def watched(session: Session, run: Run, request: RunStep) -> Sequence[Fence]:
+        def watched(steps: Steps, run: Run, request: RunStep) -> list[Fence]:
             if request.step != 1:
-                return unwatched(session, run, request)
+                return unwatched(steps, run, request)
 
-            Session._step = unwatched  # type: ignore[method-assign]
+            Steps.queue = unwatched  # type: ignore[method-assign]
             blow = Blow(fault, Path(witness), _DELAY_SECONDS[self._device.type])
-            communicator = session._communicator
-            if communicator is None or session._loaded().steps[1].pull:
+            equipment = steps._equipment
+            communicator = equipment._communicator
+            if communicator is None or equipment.program.steps[1].pull:
                 blow.begin()
             else:
                 blow.begin_with(communicator)
 
-            blow.fences = unwatched(session, run, request)
-            return blow.fences
+            fences = blow.fences = unwatched(steps, run, request)
+            return fences
 
-        Session._step = watched  # type: ignore[method-assign]
+        Steps.queue = watched  # type: ignore[method-assign]
 
     def in_use(self) -> int:
         """Return the bytes in use on the actor's GPU, or without one those that its process has resident."""

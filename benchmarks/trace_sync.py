@@ -30,13 +30,14 @@ from sync_measure import case_facts, started_actors
 from wavecast.runtime import ModelGroup, ParameterSyncGroup
 from wavecast.runtime.cluster import RayActors, call_all, cluster
 from wavecast.runtime.demo import DemoActor
-from wavecast.runtime.transfer import session
+from wavecast.runtime.transfer import steps
 from wavecast.runtime.transfer.agent import Agent
+from wavecast.runtime.transfer.announcer import Announcer
 from wavecast.runtime.transfer.board import AGREED, BEGUN, SUMMED, Boards
 from wavecast.runtime.transfer.pull import Puller
 from wavecast.runtime.transfer.runs import Runs
-from wavecast.runtime.transfer.session import Session
 from wavecast.runtime.transfer.staging import Staging
+from wavecast.runtime.transfer.steps import Steps
 
 __all__ = ("Mark", "TracedActor", "main")
 
@@ -88,17 +89,17 @@ class TracedActor(DemoActor):
         marks = self._marks = Marks()
         marks.wrap(Agent, "serve", lambda agent, request, *_: f"serves {type(request).__name__}")
         marks.wrap(Runs, "begin", lambda *_: "begins")
-        marks.wrap(Session, "ring", lambda *_: "rings the bell")
-        marks.wrap(Session, "_begin_steps", lambda *_: "begins its steps")
-        marks.wrap(Session, "_step", lambda own, run, request: f"queues step {request.step}")
-        marks.wrap(Session, "_finish", lambda *_: "finishes")
+        marks.wrap(Announcer, "begin", lambda *_: "says that it has begun")
+        marks.wrap(Steps, "_open", lambda *_: "opens its steps")
+        marks.wrap(Steps, "queue", lambda own, run, request: f"queues step {request.step}")
+        marks.wrap(Steps, "_finish", lambda *_: "finishes")
         marks.wrap(Boards, "wait", lambda own, peer, word, *_: f"hears actor {peer}: {_WORDS[word]}")
         marks.wrap(Puller, "receive", lambda *_: "queues pulls")
         marks.wrap(Puller, "send", lambda *_: "queues sums")
-        marks.wrap(Session, "_close_run", lambda *_: "agrees on the end")
+        marks.wrap(Steps, "_close_run", lambda *_: "agrees on the end")
         marks.wrap(Staging, "send", lambda *_: "queues sends")
         marks.wrap(Staging, "receive", lambda *_: "queues receives")
-        marks.wrap(session.CudaFence, "wait", lambda *_: "waits for the device")
+        marks.wrap(steps.CudaFence, "wait", lambda *_: "waits for the device")
 
     def marks(self) -> list[Mark]:
         """Return the calls since the last time."""

@@ -1,4 +1,4 @@
-"""The sync benchmark's cases, what it makes of their figures, and what it writes: all without an actor."""
+"""The sync benchmark's cases, what it makes of their figures, and what it writes: all without a process of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import importlib
 import json
 import operator
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +16,11 @@ from types import SimpleNamespace
 
 import anyio
 import pytest
+import torch
 
+from tests.runtime.transfer.crew import Crew, Wires, planned
 from wavecast.runtime.errors import ActorDied, ConfigError
+from wavecast.runtime.layout.shard import Shard
 from wavecast.runtime.report import PhaseSeconds, SyncReport
 from wavecast.scheduler import STRATEGIES, RunReport
 
@@ -30,6 +35,7 @@ MODULES = (
     "sync_chart",
     "bench_sync",
     "trace_sync",
+    "gpu_faults",
 )
 
 
@@ -493,6 +499,16 @@ def test_wrapped_calls_are_marked_whatever_they_end_in_and_return_what_they_did(
     assert marks.take() == []
 
 
+def test_all_that_an_actor_marks_is_there(bench, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        bench.trace_sync.Marks, "wrap", lambda marks, owner, method, name: found.append((owner, method))
+    )
+    bench.trace_sync.TracedActor.mark(SimpleNamespace())
+    assert len(found) > 10
+    assert [method for owner, method in found if not callable(getattr(owner, method, None))] == []
+
+
 def test_marks_of_all_are_in_one_order_from_where_the_sync_began(bench):
     mark = bench.trace_sync.Mark
     rows = bench.trace_sync._merge(
@@ -517,3 +533,27 @@ def test_a_trace_that_needs_more_gpus_says_so(bench, monkeypatch, capsys):
     monkeypatch.setattr(bench.trace_sync.torch.cuda, "device_count", lambda: 1)
     assert bench.trace_sync.main(["--case", "across-7b"]) == 2
     assert capsys.readouterr().err == "trace_sync: across-7b needs 2 GPUs, 1 are here\n"
+
+
+# Faults.
+
+
+@pytest.mark.anyio
+async def test_a_strike_falls_while_the_second_steps_bytes_are_on_their_way_and_once(bench, monkeypatch, tmp_path):
+    source, found = torch.arange(64.0), torch.zeros(64)
+    shards = [[Shard("w", view, (0,), (64,))] for view in (source, found)]
+    crew = Crew(shards, planned(shards[:1], shards[1:], chunk_bytes=64, bucket_bytes=64), wires=Wires())
+    await crew.sync(1, connect=True)
+    assert torch.equal(source, found)
+
+    queue, struck = bench.gpu_faults.Steps.queue, []
+    witness = tmp_path / "witness"
+    # At once, where the timer would be started: bytes have set out by then.
+    monkeypatch.setattr(bench.gpu_faults.Blow, "begin", lambda blow: blow._strike())
+    monkeypatch.setattr(bench.gpu_faults.os, "kill", lambda *blow: struck.append((*blow, witness.read_text())))
+    bench.gpu_faults.StruckActor.arm(SimpleNamespace(_device=torch.device("cpu")), "kill", str(witness))
+    found.zero_()
+    await crew.sync(2, connect=False)
+    assert struck == [(os.getpid(), signal.SIGKILL, "true")]
+    assert bench.gpu_faults.Steps.queue is queue
+    assert torch.equal(source, found)
