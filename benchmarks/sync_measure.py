@@ -54,7 +54,15 @@ class Seen:
 
 
 class FixedActor(DemoActor):
-    """Promises that its tensors do not move."""
+    """
+    Promises that its tensors do not move.
+
+    :ivar fixed: what was promised
+    :ivar fixed_of: of which list of shards
+    """
+
+    fixed: FixedShards = FixedShards()
+    fixed_of: object = None
 
     def transfer_shards(self) -> Sequence[Shard]:
         found = super().transfer_shards()
@@ -62,10 +70,6 @@ class FixedActor(DemoActor):
             self.fixed, self.fixed_of = FixedShards(found), found
 
         return self.fixed
-
-    #: What was promised, and of which list of shards.
-    fixed: FixedShards = FixedShards()
-    fixed_of: object = None
 
 
 class ApartActor(DemoActor):
