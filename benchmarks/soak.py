@@ -130,7 +130,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wavecast.runtime.cluster.ray.cancel", cancel_later_if_stopped)
+        patch.setattr("ray.cancel", cancel_later_if_stopped)
         found = asyncio.run(soak(options.syncs, seed=options.seed))
 
     if options.json:

@@ -303,7 +303,7 @@ async def run_cells(cells: Iterable[Cell]) -> dict[Cell, Outcome | Exception]:
                 found[cell] = error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wavecast.runtime.cluster.ray.cancel", cancel_later_if_stopped)
+        patch.setattr("ray.cancel", cancel_later_if_stopped)
         await run(first)
         async with anyio.create_task_group() as tasks:
             for cell in rest:

@@ -51,7 +51,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("wavecast.runtime.cluster.ray.cancel", cancel_later_if_stopped)
+        self.patch.setattr("ray.cancel", cancel_later_if_stopped)
         self.loop = asyncio.new_event_loop()
         self.opened: list[ParameterSyncGroup] = []
         self.value = 0.0

@@ -26,7 +26,7 @@ def benchmark() -> ModuleType:
 
 @pytest.mark.anyio
 async def test_a_hundred_syncs_with_faults_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wavecast.runtime.cluster.ray.cancel", cancel_later_if_stopped)
+    monkeypatch.setattr("ray.cancel", cancel_later_if_stopped)
     before = len(os.listdir("/proc/self/task"))
     found = await benchmark().soak(100, seed=1)
     assert (found.syncs, found.wrong) == (100, 0)

@@ -208,4 +208,4 @@ def holder(actor: LocalActor) -> Holder:
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let groups drive local actors."""
-    monkeypatch.setattr("wavecast.runtime.cluster.ray.cancel", cancel)
+    monkeypatch.setattr("ray.cancel", cancel)

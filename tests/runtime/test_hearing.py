@@ -201,3 +201,9 @@ def test_an_answer_after_the_loop_has_gone_is_left_alone() -> None:
     hearing = asyncio.run(leave())
     hearing.refs[0].say(StepDone())
     assert hearing.noted == []
+
+
+async def test_of_no_calls_there_is_nothing_to_wait_for() -> None:
+    actors = RayActors([Handle()])
+    assert await asyncio.wait_for(actors.hear([], Done), 1) == []
+    assert await asyncio.wait_for(actors.answers([], Done), 1) == []

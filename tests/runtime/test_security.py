@@ -45,7 +45,7 @@ def test_the_rendezvous_listens_on_its_own_address_alone() -> None:
 
 @pytest.mark.anyio
 async def test_every_connection_has_a_name_and_a_secret_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wavecast.runtime.cluster.ray.cancel", cancel_later_if_stopped)
+    monkeypatch.setattr("ray.cancel", cancel_later_if_stopped)
     sides = LocalSides()
     names: list[str] = []
     secrets: list[bytes] = []

@@ -1,23 +1,21 @@
-"""The seam to whatever hosts the actors: Ray, and here alone."""
+"""The actors of a group: calls sent, awaited and ended."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
-import logging
-import os
-import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar, cast
 
 import anyio
 import ray
 import ray.util
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, TaskCancelledError
+from ray.exceptions import RayError
 
 from wavecast.runtime import errors
+from wavecast.runtime.cluster.failures import from_failure, from_ray
 from wavecast.runtime.notices import Notices, Told
 from wavecast.runtime.transfer.messages import (
     Abort,
@@ -33,23 +31,10 @@ from wavecast.runtime.transfer.messages import (
 )
 from wavecast.runtime.transfer.slip import Slip
 
-__all__ = (
-    "ActorHandle",
-    "Answer",
-    "RayActors",
-    "RayHost",
-    "await_all",
-    "call_all",
-    "cluster",
-    "cluster_gpus",
-    "end_actors",
-    "require_event_loop",
-    "start_actor",
-)
+__all__ = ("ActorHandle", "Answer", "RayActors", "RayHost")
 
 R = TypeVar("R")
 
-_PROBE_SECONDS = 5.0
 #: After so long a call to a live actor has been delivered.
 _DELIVERY_SECONDS = 0.1
 #: What a call may take to end by itself once it is its turn.
@@ -144,7 +129,7 @@ class RayActors:
         try:
             ref = self._methods[actor].remote(encode((request, RayHost(slip))), *attachments)
         except RayError as error:
-            raise _from_ray(error, actor) from error
+            raise from_ray(error, actor) from error
 
         self._running[ref] = _Call(actor, anyio.current_time(), told)
         return ref
@@ -161,7 +146,7 @@ class RayActors:
         except RayError as error:
             # A cancelled await leaves the reference on the list, for abort() to end; any answer takes it off.
             self._running.pop(ref, None)
-            raise _from_ray(error, actor) from error
+            raise from_ray(error, actor) from error
 
         return self._read(ref, actor, decode(answer), expected)
 
@@ -193,12 +178,15 @@ class RayActors:
                 note(place, reply)
             except RayError as error:
                 self._running.pop(ref, None)
-                ended.set_exception(_from_ray(error, actor))
+                ended.set_exception(from_ray(error, actor))
             except Exception as error:
                 ended.set_exception(error)
             else:
                 if len(replies) == len(refs):
                     ended.set_result([replies[number] for number in range(len(refs))])
+
+        if not refs:
+            ended.set_result([])
 
         for place, ref in enumerate(refs):
             call = self._running[ref]
@@ -209,7 +197,7 @@ class RayActors:
     def _read(self, ref: ray.ObjectRef[bytes], actor: int, reply: object, expected: type[R]) -> R:
         self._running.pop(ref, None)
         if isinstance(reply, Failure):
-            raise _from_failure(reply, actor)
+            raise from_failure(reply, actor)
 
         if not isinstance(reply, expected):
             raise errors.ActorFailed(
@@ -229,7 +217,7 @@ class RayActors:
 
     async def answers(self, refs: Sequence[ray.ObjectRef[bytes]], expected: type[R]) -> list[R]:
         """Await several answers at once, in order; the first failure ends the wait."""
-        return await await_all([self.answer(ref, expected) for ref in refs])
+        return await self.hear(refs, expected)
 
     async def ask_each(self, requests: Mapping[int, Request], expected: type[R]) -> dict[int, R | errors.SyncError]:
         """Send a request each to several actors at once; return every answer, an actor's failure as a value."""
@@ -344,143 +332,7 @@ async def _settled(ref: ray.ObjectRef[bytes]) -> None:
         return
 
 
-async def await_all(calls: Sequence[Awaitable[R]]) -> list[R]:
-    """Await all of ``calls`` at once; the first failure cancels the others and is raised as it is."""
-    if len(calls) == 1:
-        return [await calls[0]]
-
-    results: dict[int, R] = {}
-    failures: list[errors.SyncError] = []
-
-    async def keep(index: int, call: Awaitable[R]) -> None:
-        try:
-            results[index] = await call
-        except errors.SyncError as error:
-            failures.append(error)
-            group.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as group:
-        for index, call in enumerate(calls):
-            group.start_soon(keep, index, call)
-
-    if failures:
-        raise failures[0]
-
-    return [results[index] for index in range(len(calls))]
-
-
-@contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """
-    Join the Ray cluster at ``address``, or start one on this machine; leave or stop it when the block ends.
-
-    :raises ConfigError: when there is no cluster at ``address``
-    """
-    if address is not None:
-        _require_listener(address)
-
-    # Ray hides the GPUs from an actor that asks for none of them, and warns that it may one day not.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=False if address is None else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise errors.ConfigError(f"no Ray cluster at {address!r}: {error}") from error
-
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _require_listener(address: str) -> None:
-    """Make sure that somebody listens at a ``host:port``: Ray itself would go on trying for many minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):
-        return
-
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
-    except OSError as error:
-        raise errors.ConfigError(f"no Ray cluster at {address!r}: {error}") from error
-
-
-def cluster_gpus() -> int:
-    """Return how many GPUs the cluster has."""
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
-def start_actor(actor_class: type, *args: object, gpus: float = 0.0) -> ActorHandle:
-    """Start an actor of ``actor_class`` that takes no CPU and ``gpus`` of a GPU from Ray's count."""
-    return ray.remote(actor_class).options(num_cpus=0, num_gpus=gpus).remote(*args)
-
-
-async def call_all(actors: Sequence[ActorHandle], method: str, *args: object) -> list[object]:
-    """
-    Call a method of the actors' own on all of them at once, and return what they return.
-
-    :raises ActorDied: when an actor is gone
-    :raises ActorFailed: when the method raised; both name the actor by its place in the list
-    """
-    refs = [getattr(actor, method).remote(*args) for actor in actors]
-    results: list[object] = []
-    for index, ref in enumerate(refs):
-        try:
-            results.append(await ref)
-        except RayError as error:
-            raise _from_ray(error, index) from error
-
-    return results
-
-
-def end_actors(actors: Sequence[ActorHandle]) -> None:
-    """Kill the actors."""
-    for actor in actors:
-        ray.kill(cast("ray.actor.ActorHandle[object]", actor))
-
-
 def _request_method(handle: ActorHandle) -> _RemoteMethod:
     method = cast("_ActorMethod", getattr(handle, "wavecast_request"))  # noqa: B009
     # Never sent again, whatever the user's other methods are: a new process in the actor's place knows of no run.
     return method.options(max_task_retries=0)
-
-
-def require_event_loop() -> None:
-    """
-    Check that the caller runs on asyncio.
-
-    :raises UnsupportedEventLoop: on any other loop
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        raise errors.UnsupportedEventLoop(
-            "a ParameterSyncGroup needs asyncio: Ray's ObjectRef cannot be awaited on another event loop"
-        ) from None
-
-
-def _from_ray(error: RayError, actor: int) -> errors.SyncError:
-    first_line = str(error).partition("\n")[0]
-    if isinstance(error, TaskCancelledError):
-        return errors.SyncAborted("the call was cancelled", actors=(actor,))
-
-    if isinstance(error, (ActorDiedError, ActorUnavailableError, RayActorError)):
-        return errors.ActorDied(f"the actor died: {first_line}", actors=(actor,))
-
-    return errors.ActorFailed(f"the call failed in Ray: {error}", actors=(actor,))
-
-
-def _from_failure(failure: Failure, actor: int) -> errors.SyncError:
-    kind = getattr(errors, failure.kind, errors.ActorFailed)
-    if not (isinstance(kind, type) and issubclass(kind, errors.SyncError)):
-        kind = errors.ActorFailed
-
-    error = kind(failure.message, actors=(actor,), tensor=failure.tensor)
-    if failure.detail:
-        error.add_note(f"On actor {actor}:\n{failure.detail}")
-
-    return error
