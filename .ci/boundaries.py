@@ -39,6 +39,8 @@ RUNTIME = (
     "known",
     "lineup",
     "opening",
+    "ahead",
+    "transferring",
     "integrity",
     "commit",
     "reporting",

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass
 
 import anyio
 
 from wavecast.runtime import errors
+from wavecast.runtime.ahead import BeginsAhead, expected, may_close
 from wavecast.runtime.commit import CommitPhase
 from wavecast.runtime.integrity import compare_checksums, own_code_failed, validate
 from wavecast.runtime.known import Known
-from wavecast.runtime.notices import Notices, listening
 from wavecast.runtime.opening import ask_to_begin, ask_versions, head_starts, hear_begins, note_begins
 from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.plan.tasks import task_ends
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.report import HookSeconds, SyncReport
 from wavecast.runtime.reporting import make_report
 from wavecast.runtime.request import SyncRequest
 from wavecast.runtime.stopwatch import Stopwatch
-from wavecast.runtime.transfer.messages import Began, Finished, RunId, RunStep, StepDone
+from wavecast.runtime.transfer.messages import Began, RunId
+from wavecast.runtime.transferring import TransferPhase
 from wavecast.runtime.undisturbed import undisturbed
-from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskTimeout, run
+from wavecast.scheduler import RunReport, RunTimeout, Task, TaskFailed, TaskTimeout
 
 __all__ = ("SyncRun",)
 
@@ -68,8 +67,7 @@ class SyncRun:
         self.scope = anyio.CancelScope(deadline=anyio.current_time() + request.seconds_left)
         self.touched: set[int] = set()
         self.version: int | None = request.version
-        # By the clock: also a driver that was started anew comes after the one before.
-        self._name = RunId(group, time.time_ns())
+        self._group = group
         self._known = known
         self._options: SyncOptions = known.options
         self._actors = known.actors
@@ -77,12 +75,16 @@ class SyncRun:
         self._connection = known.connection
         self._ends = time.monotonic() + request.seconds_left
         self._owing: tuple[int, ...] = ()
-        self._aborting: asyncio.Future[None] | None = None
-        self._finished: dict[int, Finished] = {}
-        self._closed: set[int] = set()
         self._preparation: Preparation | None = None
-        self._fitting = False
         self._commit: CommitPhase | None = None
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Go on as another run."""
+        # By the clock: also a driver that was started anew comes after the one before.
+        self._name = RunId(self._group, time.time_ns())
+        self._aborting: asyncio.Future[None] | None = None
+        self._moving = TransferPhase(self._actors, self._name, self._options, lambda: self._seconds_left, self.touched)
 
     async def run(self) -> SyncReport:
         """
@@ -119,39 +121,23 @@ class SyncRun:
 
     async def _verify(self, preparation: Preparation) -> None:
         if self._options.checksum:
-            compare_checksums(self._finished, preparation)
+            compare_checksums(self._moving.finished, preparation)
 
         if self.request.validate:
             await validate(self._actors, self._name, preparation, self.request.progress)
 
     async def _commit_everywhere(self, moved: _Moved) -> HookSeconds:
-        communicators, memory = self._to_release()
+        communicators, memory = self._known.to_release()
         if communicators or memory:
             await self._connection.release(self._name, communicators=communicators, memory=memory)
 
         # In place the bytes are there already: who has them all may as well say so.
         in_shadow = self._options.staging == "shadow"
         voters = range(self._sources, len(self._actors)) if in_shadow else ()
-        self._commit = CommitPhase(self._actors, self._name, moved.began, self.request.dry_run, voters, self._closed)
+        self._commit = CommitPhase(
+            self._actors, self._name, moved.began, self.request.dry_run, voters, self._moving.closed
+        )
         return await self._commit.go_through(self._versions_to_commit())
-
-    def _expected(self) -> Preparation | None:
-        """
-        Return what this sync will in all likelihood do, when its steps may be asked for before that is certain.
-
-        They may where a receiver begins with no sender that has not begun this run, or whose memory is no longer where
-        it was, and no collective can be entered by some and not by others: their members look at each other's boards.
-        """
-        known, request = self._known, self.request
-        if known.prepared is None or request.only is not None or request.validate or request.dry_run:
-            return None
-
-        if known.paused:
-            return None
-
-        (*_, names), preparation = known.prepared
-        ready = names is None and preparation.is_safe_ahead and self._connection.serves(preparation)
-        return preparation if ready else None
 
     async def _run_ahead(self) -> _Moved | None:
         """
@@ -161,116 +147,76 @@ class SyncRun:
 
         :raises SyncError: the failure of the begin, if there was one, else that of the transfer
         """
-        preparation = self._preparation = self._expected()
+        preparation = self._preparation = expected(self._known, self.request)
         if preparation is None:
             return None
 
         self.version = self._known.versions.next(self.request.version)
         since = time.perf_counter()
         with self.watch.measure("transfer"):
-            began, outcome, failure = await self._begin_and_transfer(preparation)
+            begins, outcome, failure = await self._begin_and_transfer(preparation)
 
-        if outcome is not None and self._fitting:
-            return _Moved(began, preparation, outcome, since)
+        if outcome is not None and begins.fit:
+            return _Moved(begins.began, preparation, outcome, since)
 
         # A step of other layouts fails by itself, and may do so long before its peers say that they begin.
-        changed = len(began) == len(self._actors) and not self._fitting
+        changed = bool(begins.began) and not begins.fit
         if failure is not None and not (isinstance(failure, errors.LayoutError) or changed):
             raise failure
 
         await self.abort("the actors hold other layouts than the last time")
-        self._name = RunId(self._name.group, time.time_ns())
-        self._aborting = None
-        self._finished = {}
-        self._closed = set()
+        self._start_over()
         return None
 
     async def _begin_and_transfer(
         self, preparation: Preparation
-    ) -> tuple[list[Began], RunReport | None, errors.SyncError | None]:
+    ) -> tuple[BeginsAhead, RunReport | None, errors.SyncError | None]:
         """
         Return what the actors said, what became of the transfer, and why the run cannot stand.
 
         :raises SyncError: the failure of a begin: it tells more than a step's
         """
-        closing = self._versions_to_commit() if self._may_close(preparation) else None
-        starts = head_starts(self._known, preparation, self._name, closing, seconds=self._seconds_left)
-        began: list[Began] = []
-        refusals: list[Exception] = []
-        failures: list[errors.SyncError] = []
-
+        known, request = self._known, self.request
+        closing = self._versions_to_commit() if may_close(known, request, preparation) else None
+        starts = head_starts(known, preparation, self._name, closing, seconds=self._seconds_left)
         # The begins leave first, and at once: an actor takes its calls in the order in which they were sent. The first
         # steps go with them, whatever becomes of the next begin.
-        self.touched.update(actor for actor, start in enumerate(starts) if start.ahead and actor >= self._known.sources)
-        asked = ask_to_begin(self._known, self._name, self.version, self.request, starts)
-        moving, noted = anyio.CancelScope(), anyio.Event()
-
-        def note(heard: asyncio.Future[list[Began]]) -> None:
-            if noted.is_set():
-                return
-
-            try:
-                if not heard.cancelled():
-                    replies = dict(zip(asked, heard.result(), strict=True))
-                    began.extend(note_begins(self._known, self.version, self.request, replies))
-            except errors.SyncAborted as error:
-                # One that was given up because a step had failed has nothing to tell.
-                failures.append(error)
-            except Exception as error:
-                refusals.append(error)
-            finally:
-                noted.set()
-                self._fitting = self._fits(began, preparation)
-                if not self._fitting:
-                    moving.cancel()
-
-        # No task waits for them: at the end of the run it would have to be waited for in its turn.
-        hearing = self._actors.hear(list(asked.values()), Began)
-        hearing.add_done_callback(note)
+        self.touched.update(actor for actor, start in enumerate(starts) if start.ahead and actor >= known.sources)
+        stopping = anyio.CancelScope()
+        begins = BeginsAhead(
+            self._actors,
+            ask_to_begin(known, self._name, self.version, request, starts),
+            note=lambda replies: note_begins(known, self.version, request, replies),
+            fits=lambda began: self._fits(began, preparation),
+            stop=stopping.cancel,
+        )
         outcome: RunReport | None = None
+        failure: errors.SyncError | None = None
         try:
-            with moving:
+            with stopping:
                 try:
                     outcome = await self._transfer(preparation)
                 except errors.SyncError as error:
-                    failures.insert(0, error)
+                    failure = error
                     # What failed may be a begin, which then tells more.
                     with anyio.move_on_after(_BEGIN_SECONDS):
-                        await noted.wait()
+                        await begins.wait()
 
-                    hearing.cancel()
+                    begins.hear_no_more()
 
-            if not noted.is_set():
-                await noted.wait()
+            await begins.wait()
         finally:
-            # Of what was said before the run nothing is noted any more once its end has been.
-            noted.set()
-            hearing.cancel()
+            begins.note_no_more()
 
-        if refusals:
-            raise refusals[0]
+        if begins.refusal is not None:
+            raise begins.refusal
 
         if closing is not None and outcome is not None:
             # Who has nothing to do has no step whose answer could tell.
-            self._closed.update(actor for actor, program in enumerate(preparation.programs) if not program.steps)
+            idle = (actor for actor, program in enumerate(preparation.programs) if not program.steps)
+            self._moving.closed.update(idle)
 
-        return began, outcome, failures[0] if failures else None
-
-    def _may_close(self, preparation: Preparation) -> bool:
-        """Tell whether the actors may end the run among themselves: nothing of the user's comes before that."""
-        if self.request.from_peer or self._known.hooked or self._options.staging != "in_place":
-            return False
-
-        if self._options.task_allowance is not None:
-            # An actor's last task ends with the last of all receivers': that is no measure of its own.
-            return False
-
-        return bool(preparation.agreeing) and not any(self._to_release())
-
-    def _to_release(self) -> tuple[bool, bool]:
-        """Tell whether communicators are to be given back before the commit, and what keeps weights' memory."""
-        options = self._options
-        return options.release_communicators and bool(self._connection.transport), options.release_memory
+        return begins, outcome, failure or begins.given_up
 
     def _fits(self, began: list[Began], preparation: Preparation) -> bool:
         """Tell whether the actors are as they were when ``preparation`` was made, where they were, and not ahead."""
@@ -301,7 +247,7 @@ class SyncRun:
             return
 
         commit = self._commit
-        committed = self._closed.union(commit.committed if commit is not None else ())
+        committed = self._moving.closed.union(commit.committed if commit is not None else ())
         flipping = commit is not None and commit.started
         for index, replica in enumerate(self._known.replicas):
             if all(actor in committed for actor in replica):
@@ -397,7 +343,7 @@ class SyncRun:
         self.version = versions.next(self.request.version)
         began = await self._begin()
         if self._overtaken():
-            self._name = RunId(self._name.group, time.time_ns())
+            self._start_over()
             self.version = versions.next(self.request.version)
             began = await self._begin()
 
@@ -408,46 +354,17 @@ class SyncRun:
         return await hear_begins(self._known, self.version, self.request, asked)
 
     async def _transfer(self, preparation: Preparation) -> RunReport:
-        with listening() as notices:
-            return await self._run_schedule(preparation, notices)
-
-    async def _run_schedule(self, preparation: Preparation, notices: Notices | None) -> RunReport:
-        # A plain function: calls must reach each actor in the order of the dispatches, however tasks are started.
-        def dispatch(task: Task) -> Awaitable[list[StepDone]]:
-            self.touched.update(task_ends(task)[1])
-            refs = [
-                self._actors.start(
-                    member,
-                    RunStep(self._name, preparation.step_of[member][task.id], preparation.digest, self._seconds_left),
-                    notices=notices,
-                )
-                for member in task.members
-            ]
-            # Noted as it comes: what one member has done stands, whatever becomes of the others.
-            return self._actors.hear(refs, StepDone, lambda place, reply: self._note(task.members[place], reply))
-
         async def abort(tasks: tuple[Task, ...]) -> None:
             await self.abort(f"task {tasks[0].id} was given up" if tasks else "the run was given up")
 
         # The run has the same deadline and can say more of it: it goes first.
         self.scope.deadline += _PRECEDENCE_SECONDS
-        options = self._options
-        allowed = None
-        if options.task_allowance is not None:
-            # A task may have to wait at an actor for those it was given before.
-            allowed = options.link.allow(factor=options.task_allowance * preparation.in_flight)
-
         try:
-            return await run(
-                preparation.driven,
-                dispatch,
-                lookahead=options.lookahead,
-                deadline=self._seconds_left,
-                abort=abort,
-                in_flight=preparation.in_flight,
+            return await self._moving.go_through(
+                preparation,
+                abort,
                 abort_seconds=_ABORT_SECONDS + _PRECEDENCE_SECONDS,
-                on_receipt=self.request.progress,
-                task_seconds=allowed,
+                progress=self.request.progress,
             )
         except TaskTimeout as timeout:
             raise errors.SyncTimeout(
@@ -460,13 +377,6 @@ class SyncRun:
             raise _from_task(failure) from failure
         except RunTimeout as timeout:
             raise self.timeout(timeout.unfinished) from timeout
-
-    def _note(self, actor: int, reply: StepDone) -> None:
-        if reply.finished is not None:
-            self._finished[actor] = reply.finished
-
-        if reply.closed:
-            self._closed.add(actor)
 
     def _versions_to_commit(self) -> dict[int, int | None]:
         """Return what each actor takes on: sources keep what they have, and so do replicas that stay not whole."""
@@ -490,7 +400,7 @@ class SyncRun:
         return make_report(
             moved.preparation,
             moved.outcome,
-            self._finished.values(),
+            self._moving.finished.values(),
             self.watch,
             version=self.version or 0,
             dry_run=self.request.dry_run,

@@ -162,7 +162,7 @@ async def test_what_a_begin_said_is_not_noted_over_how_the_run_ended(
         run = group._runner._run
         assert run is not None
         with anyio.fail_after(10):
-            while len(run._finished) < len(stage.actors):  # noqa: ASYNC110
+            while len(run._moving.finished) < len(stage.actors):  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
         gate.set()

@@ -9,7 +9,7 @@ import torch
 
 from tests.runtime.local_actors import LocalActor, local
 from tests.runtime.local_groups import held, sync
-from wavecast.runtime import SyncOptions, sync_run
+from wavecast.runtime import SyncOptions, transferring
 from wavecast.runtime.transfer.messages import RunStep
 from wavecast.scheduler import RunReport, Schedule, Task, run
 
@@ -41,7 +41,7 @@ def test_the_steps_of_a_task_are_asked_for_in_the_call_of_its_dispatch(monkeypat
         return await run(schedule, call, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LocalActor, "remote", note)
-    monkeypatch.setattr(sync_run, "run", watched)
+    monkeypatch.setattr(transferring, "run", watched)
     sent, kept = torch.arange(256.0), torch.zeros(256)
 
     sync(
