@@ -26,6 +26,7 @@ RUNTIME = (
     "options",
     "transfer",
     "carriers",
+    "selection",
     "preparation",
     "notices",
     "cluster",

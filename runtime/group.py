@@ -18,10 +18,10 @@ from wavecast.runtime.cluster import ActorHandle, RayActors, require_event_loop
 from wavecast.runtime.lineup import Lineup
 from wavecast.runtime.model_group import ModelGroup
 from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.preparation import Only
 from wavecast.runtime.report import ReplicaVersion, SyncReport
 from wavecast.runtime.request import Progress, SyncRequest
 from wavecast.runtime.runner import Runner
+from wavecast.runtime.selection import Only
 from wavecast.runtime.turns import Turns
 from wavecast.runtime.undisturbed import undisturbed
 

@@ -17,7 +17,8 @@ from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.layout.views import NameMap
 from wavecast.runtime.naming import Naming, name_layouts
 from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.preparation import Only, Preparation, prepare, select_names
+from wavecast.runtime.preparation import Preparation, prepare
+from wavecast.runtime.selection import Only, select_names
 from wavecast.runtime.transfer.messages import Began, Describe, Described, RunId
 from wavecast.runtime.versions import Versions
 

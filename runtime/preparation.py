@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Literal
 
 from wavecast.runtime.carriers import Carriers, PullRule, part_routes
-from wavecast.runtime.errors import ConfigError, LayoutError
+from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.shard import Layout
 from wavecast.runtime.naming import Renames
 from wavecast.runtime.options import SyncOptions
@@ -22,14 +20,10 @@ from wavecast.runtime.plan.tasks import task_ends, task_routes
 from wavecast.runtime.plan.timetable import make_timetable
 from wavecast.runtime.transfer.comm_ported import plan_legs
 from wavecast.runtime.transfer.program import PackedProgram, Program, compile_programs, pack_programs
-from wavecast.scheduler import Schedule
+from wavecast.scheduler import Schedule, Task
 from wavecast.scheduler.release import ReleaseState
 
-__all__ = ("Only", "Preparation", "prepare", "select_names")
-
-#: Which logical tensors to sync: a set of names, a predicate over names, or those in training; ``None`` for all.
-Only = Collection[str] | Callable[[str], bool] | Literal["trainable"] | None
-
+__all__ = ("Preparation", "prepare")
 
 #: One task's bytes travel while those of the next are packed.
 _STAGED_IN_FLIGHT = 2
@@ -125,9 +119,9 @@ def prepare(
         carriers = replace(carriers, pulls=frozenset())
 
     layouts = (*sources, *destinations)
+    places = [layout.place for layout in layouts]
     plan = part_routes(plan, layouts, carriers)
     pulled = PullRule(layouts, carriers)
-    places = [layout.place for layout in layouts]
     schedule = make_timetable(
         plan,
         chunk_bytes=options.chunk_bytes,
@@ -141,19 +135,11 @@ def prepare(
     driven = replace(schedule, ports="half")
     # What the run needs to know of it is worked out here, off the event loop.
     _ = driven.order
-    # What an actor does with a task depends on these as well, and all must agree on it.
-    in_order = [task for wave in schedule.waves for task in wave.tasks]
-    ends = {task.id: task_ends(task) for task in in_order}
-    fetched = tuple(task for task in in_order if len(ends[task.id][1]) == 1 and pulled(task_routes(task)[0]))
-    which = hashlib.sha256(repr([task.id for task in fetched]).encode()).hexdigest()[:16] if fetched else "none"
-    way = f"{carriers.moved}-{which}{'-kernels' if carriers.kernels else ''}"
-    digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}-{way}"
-    if any(renames):
-        digest += f"-{hashlib.sha256(repr(tuple(renames)).encode()).hexdigest()[:16]}"
-
+    traffic = _Traffic.of(schedule, pulled)
+    digest = _digest(plan, schedule, traffic, options, carriers, renames)
     programs = compile_programs(
         schedule,
-        actors=len(sources) + len(destinations),
+        actors=len(layouts),
         digest=digest,
         bucket_bytes=options.bucket_bytes,
         checksum=options.checksum,
@@ -163,19 +149,14 @@ def prepare(
         renames=renames,
     )
     step_of = tuple({step.task: index for index, step in enumerate(program.steps)} for program in programs)
-    ids = frozenset(task.id for task in fetched)
-    many = [tuple(sorted((sender, *receivers))) for sender, receivers in ends.values() if len(receivers) > 1]
-    single = [(id, sender, receivers[0]) for id, (sender, receivers) in ends.items() if len(receivers) == 1]
-    moved = [(sender, receiver) for id, sender, receiver in single if id not in ids]
+    meetings = _meetings(traffic.moved, carriers)
+    is_safe_ahead = bool(meetings) or not traffic.moved
     longest = max((len(program.steps) for program in programs), default=1)
-    neighbours = _neighbours((found for id, found in ends.items() if id not in ids), carriers)
-    meetings = _meetings([tuple(task.members) for task in in_order if task.id not in ids], carriers)
-    is_safe_ahead = bool(meetings) or not (moved or many)
     in_flight = options.in_flight or (max(longest, 1) if is_safe_ahead else _STAGED_IN_FLIGHT)
     ahead = _count_ahead(driven, options.lookahead, in_flight, step_of)
-    receivers = tuple(range(len(sources), len(programs)))
+    receivers = tuple(range(len(sources), len(layouts)))
     agreeing = _agreeing(receivers, programs, ahead, carriers) if is_safe_ahead else ()
-    pulls = tuple(dict.fromkeys((sender, receiver) for id, sender, receiver in single if id in ids))
+    neighbours = _neighbours(traffic.moved, carriers)
     return Preparation(
         plan=plan,
         schedule=schedule,
@@ -184,21 +165,84 @@ def prepare(
         programs=programs,
         packed=pack_programs(programs),
         step_of=step_of,
-        groups=tuple(dict.fromkeys(many)),
+        groups=traffic.groups,
         carriers=carriers,
-        edges=tuple(dict.fromkeys(moved)),
-        pulls=pulls,
+        edges=traffic.edges,
+        pulls=traffic.pulls,
         in_flight=in_flight,
         ahead=ahead,
-        readings=frozenset((*pulls, *neighbours, *meetings, *itertools.permutations(agreeing, 2))),
+        readings=frozenset((*traffic.pulls, *neighbours, *meetings, *itertools.permutations(agreeing, 2))),
         is_safe_ahead=is_safe_ahead,
         agreeing=agreeing,
-        pulled_nbytes=sum(task.nbytes for task in fetched),
+        pulled_nbytes=sum(task.nbytes for task in traffic.pulled),
         tensors=len(sent),
         left_out=tuple(name for name in wanted if name not in sent),
         reshard_seconds=resharded - start,
         schedule_seconds=time.perf_counter() - resharded,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Traffic:
+    """
+    Which tasks go which way, each in schedule order.
+
+    :ivar pulled: by their receivers
+    :ivar moved: by a communicator
+    """
+
+    pulled: tuple[Task, ...]
+    moved: tuple[Task, ...]
+
+    @classmethod
+    def of(cls, schedule: Schedule, rule: PullRule) -> _Traffic:
+        """Sort the tasks of ``schedule``."""
+        pulled: list[Task] = []
+        moved: list[Task] = []
+        for task in (task for wave in schedule.waves for task in wave.tasks):
+            single = len(task_ends(task)[1]) == 1
+            (pulled if single and rule(task_routes(task)[0]) else moved).append(task)
+
+        return cls(tuple(pulled), tuple(moved))
+
+    @property
+    def pulls(self) -> tuple[tuple[int, int], ...]:
+        return _pairs(self.pulled)
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        return _pairs(self.moved)
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        ends = [task_ends(task) for task in self.moved]
+        return tuple(dict.fromkeys(tuple(sorted((one, *others))) for one, others in ends if len(others) > 1))
+
+
+def _pairs(tasks: Sequence[Task]) -> tuple[tuple[int, int], ...]:
+    """Return sender and receiver of those of ``tasks`` that have one receiver."""
+    ends = [task_ends(task) for task in tasks]
+    return tuple(dict.fromkeys((sender, receivers[0]) for sender, receivers in ends if len(receivers) == 1))
+
+
+def _digest(
+    plan: ReshardPlan,
+    schedule: Schedule,
+    traffic: _Traffic,
+    options: SyncOptions,
+    carriers: Carriers,
+    renames: Sequence[Renames],
+) -> str:
+    """Sum up all that decides what an actor does with a task: all must agree on it."""
+    pulled = [task.id for task in traffic.pulled]
+    which = _short_hash(pulled) if pulled else "none"
+    way = f"{carriers.moved}-{which}{'-kernels' if carriers.kernels else ''}"
+    digest = f"{plan_digest(plan, schedule)}-{options.bucket_bytes}-{int(options.checksum)}-{way}"
+    return f"{digest}-{_short_hash(tuple(renames))}" if any(renames) else digest
+
+
+def _short_hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _count_ahead(
@@ -215,17 +259,18 @@ def _count_ahead(
     return tuple(counts)
 
 
-def _meetings(moves: Iterable[tuple[int, ...]], carriers: Carriers) -> tuple[tuple[int, int], ...]:
-    """Return the pairs of members of ``moves``, if all may read each other's boards and what moves is a collective."""
-    pairs = tuple(dict.fromkeys(pair for move in moves for pair in itertools.permutations(move, 2)))
+def _meetings(moved: Sequence[Task], carriers: Carriers) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of members of ``moved``, if all may read each other's boards and what moves is a collective."""
+    pairs = tuple(dict.fromkeys(pair for task in moved for pair in itertools.permutations(task.members, 2)))
     met = carriers.moved == "nccl" and not carriers.owners and carriers.boards.issuperset(pairs)
     return pairs if met else ()
 
 
-def _neighbours(moves: Iterable[tuple[int, tuple[int, ...]]], carriers: Carriers) -> frozenset[tuple[int, int]]:
+def _neighbours(moved: Sequence[Task], carriers: Carriers) -> frozenset[tuple[int, int]]:
     """Return out of whose memory who copies on a shared GPU: tried before it is needed, as far as it can be."""
     found: set[tuple[int, int]] = set()
-    for sender, receivers in moves if carriers.owners else ():
+    for task in moved if carriers.owners else ():
+        sender, receivers = task_ends(task)
         legs = plan_legs(carriers.owners, sender, receivers)
         found.update((sender, each) for each in legs.first)
         found.update((owner, each) for owner, clients in legs.last.items() for each in clients)
@@ -252,75 +297,6 @@ def _require_delivery(plan: ReshardPlan, replicas: Sequence[range]) -> None:
                 f"nothing would be sent to replica {index}: its actors hold none of the tensors to sync",
                 actors=tuple(replica),
             )
-
-
-def select_names(
-    sources: Sequence[Layout],
-    destinations: Sequence[Layout],
-    only: Only,
-    *,
-    aliases: Mapping[str, str] = MappingProxyType({}),
-) -> frozenset[str] | None:
-    """
-    Return the names that ``only`` picks out of what the destinations hold, or ``None`` for all.
-
-    ``"trainable"`` picks the tensors that some source holds and no source has frozen. A quantised weight and its scales
-    (``X.weight`` and ``X.weight_scale_inv``) are picked together, whichever of them is.
-
-    :param aliases: names that are known to the plan by another: to pick either is to pick the tensor
-    :raises ConfigError: for any other string, which is a collection of letters, for what is no collection of names,
-        and when the predicate raises
-    :raises LayoutError: for a name that no destination holds, and when nothing is picked
-    """
-    if only is None:
-        return None
-
-    held = dict.fromkeys(piece.tensor for layout in destinations for piece in layout.pieces)
-    if isinstance(only, str):
-        if only != "trainable":
-            raise ConfigError(f'only= is the string {only!r}; give a collection of names, a predicate, or "trainable"')
-
-        names = _trained(sources) & held.keys()
-    elif callable(only):
-        own = [name for name in held if _picks(only, name)]
-        names = frozenset((*own, *(held_as for name, held_as in aliases.items() if _picks(only, name))))
-    else:
-        if not isinstance(only, Collection):
-            raise ConfigError(f'only= is {only!r}; give a collection of names, a predicate, or "trainable"')
-
-        stranger = next((name for name in only if not isinstance(name, str)), None)
-        if stranger is not None:
-            raise ConfigError(f"only= holds {stranger!r}, which is no name")
-
-        names = frozenset(aliases.get(name, name) for name in only)
-        unknown = sorted(names - held.keys())
-        if unknown:
-            raise LayoutError(f"only= names {unknown[0]!r}, which no destination holds", tensor=unknown[0])
-
-    if not names:
-        raise LayoutError("only= picks no tensor that a destination holds")
-
-    return _with_pairs(names, held)
-
-
-def _picks(only: Callable[[str], bool], name: str) -> bool:
-    """Ask the user's predicate; what it raises is a mistake in what was asked for."""
-    try:
-        return bool(only(name))
-    except Exception as error:
-        raise ConfigError(f"only= raised {type(error).__name__} for {name!r}: {error}") from error
-
-
-def _with_pairs(names: frozenset[str], held: Collection[str]) -> frozenset[str]:
-    """Return ``names`` with the other half of each pair of quantised weight and scales: neither means a thing alone."""
-    scales = {name + SCALE for name in names}
-    weights = {name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
-    return names | frozenset(name for name in held if name in scales or name in weights)
-
-
-def _trained(sources: Sequence[Layout]) -> frozenset[str]:
-    frozen = {name for layout in sources for name in layout.frozen}
-    return frozenset(piece.tensor for layout in sources for piece in layout.pieces if piece.tensor not in frozen)
 
 
 def _only(layout: Layout, names: frozenset[str]) -> Layout:

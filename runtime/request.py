@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from wavecast.runtime.preparation import Only
+from wavecast.runtime.selection import Only
 from wavecast.scheduler import TaskReceipt
 
 __all__ = ("Progress", "SyncRequest")

@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import ActorDiedError, TaskCancelledError
 
 from tests.runtime.transfer.crew import FakeSession, ThreadHost, Wires
-from wavecast.runtime import Shard, TransferWorker
+from wavecast.runtime import ModelGroup, ParameterSyncGroup, Shard, SyncOptions, TransferWorker
 from wavecast.runtime.cluster import RayHost
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.messages import HostStore, Request, decode, encode
@@ -189,6 +189,14 @@ class Stage:
     @property
     def actors(self) -> list[LocalActor]:
         return [*self.trainers, *(actor for replica in self.replicas for actor in replica)]
+
+    def group(self, **options: object) -> ParameterSyncGroup:
+        """Return a group of all of them."""
+        return ParameterSyncGroup(
+            ModelGroup("policy", replicas=[self.trainers]),
+            ModelGroup("rollout", replicas=self.replicas),
+            SyncOptions(deadline_seconds=15, **options),  # type: ignore[arg-type]
+        )
 
     def fill(self, value: float) -> None:
         """Give the trainers new weights."""

@@ -11,8 +11,8 @@ from tests.runtime.local_actors import LocalActor
 from tests.runtime.transfer.crew import Wires
 from wavecast.runtime import ModelGroup, ParameterSyncGroup, Shard, SyncOptions, TransferWorker
 from wavecast.runtime.layout.views import NameMap
-from wavecast.runtime.preparation import Only
 from wavecast.runtime.report import SyncReport
+from wavecast.runtime.selection import Only
 
 __all__ = ("Held", "held", "sync")
 

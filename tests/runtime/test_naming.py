@@ -16,7 +16,8 @@ from wavecast.runtime.layout.sharing import Sharing
 from wavecast.runtime.layout.views import NameMap
 from wavecast.runtime.naming import name_layouts
 from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.preparation import Preparation, prepare, select_names
+from wavecast.runtime.preparation import Preparation, prepare
+from wavecast.runtime.selection import select_names
 from wavecast.runtime.transfer.memory import Memory
 from wavecast.runtime.transfer.program import Program
 

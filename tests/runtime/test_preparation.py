@@ -12,7 +12,8 @@ from wavecast.runtime.errors import ConfigError, LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece
 from wavecast.runtime.options import SyncOptions
-from wavecast.runtime.preparation import Preparation, prepare, select_names
+from wavecast.runtime.preparation import Preparation, prepare
+from wavecast.runtime.selection import select_names
 
 
 def rows(tensor: str, size: int, parts: int, part: int) -> Piece:

@@ -10,7 +10,7 @@ import pytest
 from tests.runtime.host_gpus import Machine
 from tests.runtime.local_actors import ELEMENTS, Holder, LocalActor, Stage, local
 from tests.runtime.test_ahead import GpuStage, gpu_actor, group_of, machine, pool
-from wavecast.runtime import ModelGroup, ParameterSyncGroup, Shard, SyncError, SyncOptions
+from wavecast.runtime import Shard, SyncError
 
 __all__ = ("local", "machine", "pool")
 
@@ -46,14 +46,6 @@ class Viewer(Holder):
         self.alive.append(watched() is not None)
 
 
-def group(stage: Stage, **options: object) -> ParameterSyncGroup:
-    return ParameterSyncGroup(
-        ModelGroup("policy", replicas=[stage.trainers]),
-        ModelGroup("rollout", replicas=stage.replicas),
-        SyncOptions(deadline_seconds=15, **options),  # type: ignore[arg-type]
-    )
-
-
 def viewer(actor: LocalActor) -> Viewer:
     assert isinstance(actor.worker, Viewer)
     return actor.worker
@@ -62,7 +54,7 @@ def viewer(actor: LocalActor) -> Viewer:
 @pytest.mark.parametrize("staging", ["in_place", "shadow"])
 async def test_what_a_hook_offloads_after_the_commit_is_freed(staging: str) -> None:
     stage = Stage(kind=Viewer)
-    async with group(stage, release_memory=True, staging=staging) as syncing:
+    async with stage.group(release_memory=True, staging=staging) as syncing:
         for value in (1.0, 2.0, 3.0):
             stage.fill(value)
             await syncing.sync(validate=True)
@@ -73,7 +65,7 @@ async def test_what_a_hook_offloads_after_the_commit_is_freed(staging: str) -> N
 
 async def test_without_being_asked_it_is_kept_for_the_next_sync() -> None:
     stage = Stage(kind=Viewer)
-    async with group(stage) as syncing:
+    async with stage.group() as syncing:
         await syncing.sync()
 
     assert all(viewer(actor).alive == [True] for actor in stage.actors)
@@ -81,7 +73,7 @@ async def test_without_being_asked_it_is_kept_for_the_next_sync() -> None:
 
 async def test_nothing_is_kept_once_the_group_is_closed() -> None:
     stage = Stage()
-    async with group(stage) as syncing:
+    async with stage.group() as syncing:
         await syncing.sync()
 
     watched = []
@@ -98,7 +90,7 @@ async def test_nothing_is_kept_once_the_group_is_closed() -> None:
 
 async def test_after_a_failure_the_next_sync_lets_go() -> None:
     stage = Stage(kind=Viewer)
-    async with group(stage, release_memory=True) as syncing:
+    async with stage.group(release_memory=True) as syncing:
         viewer(stage.trainers[0]).fails = True
         with pytest.raises(SyncError, match="not yet"):
             await syncing.sync()
@@ -136,7 +128,7 @@ async def test_mappings_are_given_back_before_the_commit_and_made_anew(machine: 
 async def test_communicators_stay_unless_they_are_to_go_as_well() -> None:
     for both in (False, True):
         stage = Stage()
-        async with group(stage, release_memory=True, release_communicators=both) as syncing:
+        async with stage.group(release_memory=True, release_communicators=both) as syncing:
             await syncing.sync()
             await syncing.sync()
 

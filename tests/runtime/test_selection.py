@@ -11,7 +11,7 @@ from wavecast.runtime import ConfigError, LayoutError, Shard, SyncOptions
 from wavecast.runtime.layout import fp8
 from wavecast.runtime.layout.shard import Computed
 from wavecast.runtime.layout.vllm_format import EngineFormat, EngineRank
-from wavecast.runtime.preparation import Only
+from wavecast.runtime.selection import Only
 
 __all__ = ("local",)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.runtime.local_actors import Stage, local
-from wavecast.runtime import ModelGroup, ParameterSyncGroup, SyncError, SyncOptions, Torn
+from wavecast.runtime import SyncError, SyncOptions, Torn
 from wavecast.runtime.carriers import Ability, Carriers
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Layout, Piece
@@ -42,12 +42,12 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     share(monkeypatch, OWNERS)
 
 
-def group_of(stage: Stage, **options: object) -> ParameterSyncGroup:
-    return ParameterSyncGroup(
-        ModelGroup("policy", replicas=[stage.trainers]),
-        ModelGroup("rollout", replicas=stage.replicas),
-        SyncOptions(deadline_seconds=15, **options),  # type: ignore[arg-type]
-    )
+async def sync_twice(stage: Stage, **options: object) -> None:
+    async with stage.group(**options) as group:
+        for value in (4.0, 5.0):
+            stage.fill(value)
+            await group.sync(validate=True)
+            assert [stage.values(replica) for replica in range(2)] == [{value}, {value}]
 
 
 @dataclass
@@ -149,7 +149,7 @@ def test_neighbours_try_to_read_each_other_before_it_is_needed() -> None:
 async def test_all_replicas_get_all_weights(options: dict[str, object]) -> None:
     stage, tap = Stage(), Tap()
     stage.wires.wrap = tap.wrap
-    async with group_of(stage, **options) as group:
+    async with stage.group(**options) as group:
         for version, value in enumerate((1.0, 2.0, 3.0)):
             stage.fill(value)
             report = await group.sync(validate=True)
@@ -166,12 +166,7 @@ async def test_all_replicas_get_all_weights(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("owners", [(0, 1, 1, 0, 1, 0), (2, 3, 2, 3, 2, 3), (0, 0, 2, 3, 2, 3), (5, 1, 5, 1, 1, 5)])
 async def test_whoever_owns_the_ports(monkeypatch: pytest.MonkeyPatch, owners: tuple[int, ...]) -> None:
     share(monkeypatch, owners)
-    stage = Stage()
-    async with group_of(stage) as group:
-        for value in (4.0, 5.0):
-            stage.fill(value)
-            await group.sync(validate=True)
-            assert [stage.values(replica) for replica in range(2)] == [{value}, {value}]
+    await sync_twice(Stage())
 
 
 @pytest.mark.anyio
@@ -179,12 +174,7 @@ async def test_whoever_owns_the_ports(monkeypatch: pytest.MonkeyPatch, owners: t
 @pytest.mark.parametrize("fan_out", ["chain", "tree"])
 async def test_relays_pass_on_through_ports(monkeypatch: pytest.MonkeyPatch, fan_out: str) -> None:
     share(monkeypatch, (0, 1, 1, 0, 0, 1))
-    stage = Stage()
-    async with group_of(stage, fan_out=fan_out) as group:
-        for value in (4.0, 5.0):
-            stage.fill(value)
-            await group.sync(validate=True)
-            assert [stage.values(replica) for replica in range(2)] == [{value}, {value}]
+    await sync_twice(Stage(), fan_out=fan_out)
 
 
 @pytest.mark.anyio
@@ -193,7 +183,7 @@ async def test_programs_name_the_owners_that_are_no_ends(monkeypatch: pytest.Mon
     # The first engine of each replica owns the port that both of its engines have.
     share(monkeypatch, (0, 1, 2, 2, 4, 4))
     stage = Stage()
-    async with group_of(stage, fan_out="broadcast") as group:
+    async with stage.group(fan_out="broadcast") as group:
         stage.fill(2.0)
         await group.sync()
 
@@ -213,7 +203,7 @@ async def test_programs_name_the_owners_that_are_no_ends(monkeypatch: pytest.Mon
 async def test_an_owner_that_dies_on_the_way_tears_whom_it_served_and_is_named() -> None:
     stage, tap = Stage(), Tap()
     stage.wires.wrap = tap.wrap
-    async with group_of(stage) as group:
+    async with stage.group() as group:
         await group.sync()
         tap.on_start = lambda communicator: stage.trainers[1].kill() if communicator.rank == 1 else None
         stage.fill(7.0)
@@ -235,7 +225,7 @@ async def test_an_owner_that_dies_on_the_way_tears_whom_it_served_and_is_named()
 async def test_communicators_are_made_anew_when_another_owns_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
     share(monkeypatch, OWNERS)
     stage = Stage()
-    async with group_of(stage) as group:
+    async with stage.group() as group:
         await group.sync()
         share(monkeypatch, (2, 3, 2, 3, 2, 3))
         group._lineup.known._chosen = None
