@@ -1,7 +1,7 @@
 """
 Whole syncs through real Ray actors, beside the ceiling of the wire measured in the same run.
 
-    python benchmarks/bench_sync.py --suite two --baselines --json sync.json     # 2 GPUs; "four", "cpu" as well
+    python benchmarks/bench_sync.py --suite two --baselines --json sync.json     # 2 GPUs; "one", "four", "cpu" as well
     python benchmarks/bench_sync.py --case across-7b --case colocated-7b --json sync.json
     python benchmarks/bench_sync.py --preset qwen2.5-7b --src tp=1 --dst tp=1 --replicas 1 --transport nccl --json
 

@@ -54,7 +54,8 @@ class Case:
     """
     One benchmark of whole syncs.
 
-    :ivar suite: ``"two"`` and ``"four"`` name the GPUs needed (``"schedules"`` needs four), ``"cpu"`` runs anywhere
+    :ivar suite: ``"one"``, ``"two"`` and ``"four"`` name the GPUs needed (``"schedules"`` needs four), ``"cpu"`` runs
+        anywhere
     :ivar layers: decoder layers, ``None`` for all of the preset's
     :ivar trainers: the GPU of each trainer
     :ivar engines: for each replica, the GPU of each engine rank
@@ -365,6 +366,18 @@ _TWO = (
     ),
 )
 
+#: Trainer and engine share a GPU: what is left of a sync without a link.
+_ONE = tuple(
+    replace(case, name=name, suite="one", title=f"{title}, trainer and engine on one GPU", engines=((0,),), bar=None)
+    for case, name, title in (
+        (_ACROSS, "within-7b", "7B dense"),
+        (replace(_ACROSS, preset=_SMALL), "within-0.5b", "0.5B dense"),
+        (replace(_ACROSS, options=(("release_memory", True),)), "within-7b-released", "7B dense, memory released"),
+        (_ACROSS_MOE, "within-30b-moe", "30B-A3B, 18,867 separate tensors"),
+        (replace(_ACROSS_MOE, fixed=True), "within-30b-moe-fixed", "30B-A3B, promised not to move"),
+    )
+)
+
 _PAIRS = replace(
     _ACROSS,
     name="a-tp2-to-tp2",
@@ -488,8 +501,8 @@ _SCHEDULES = tuple(
 )
 
 #: All of them, those for two GPUs first.
-CASES: tuple[Case, ...] = (*_TWO, *_FOUR, *_SCHEDULES, *_TWINS)
-SUITES = ("two", "four", "schedules", "cpu")
+CASES: tuple[Case, ...] = (*_TWO, *_ONE, *_FOUR, *_SCHEDULES, *_TWINS)
+SUITES = ("one", "two", "four", "schedules", "cpu")
 
 
 def model_nbytes(case: Case) -> int:

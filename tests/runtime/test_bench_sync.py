@@ -61,10 +61,10 @@ def test_names_are_unique_and_each_suite_has_its_cases(bench):
     names = [found.name for found in bench.sync_cases.CASES]
     assert len(set(names)) == len(names)
     sizes = {suite: len(bench.sync_cases.find_cases(suite=suite, names=())) for suite in bench.sync_cases.SUITES}
-    assert sizes == {"two": 13, "four": 11, "schedules": 3 + len(STRATEGIES), "cpu": 18}
+    assert sizes == {"one": 5, "two": 13, "four": 11, "schedules": 3 + len(STRATEGIES), "cpu": 18}
 
 
-@pytest.mark.parametrize(("suite", "gpus"), [("two", 2), ("four", 4), ("schedules", 4)])
+@pytest.mark.parametrize(("suite", "gpus"), [("one", 1), ("two", 2), ("four", 4), ("schedules", 4)])
 def test_cases_fit_the_gpus_of_their_suite(bench, suite, gpus):
     for found in bench.sync_cases.find_cases(suite=suite, names=()):
         assert found.reason_to_skip(gpus) is None
