@@ -120,7 +120,7 @@ class Agent:
         try:
             seconds = await call_before_async(self._hooks, request, self._runs.admit)
             future = self._start(request, host, attachments, seconds)
-            reply = await asyncio.wrap_future(future)
+            reply = await self._reply(request, future)
             await call_ends_async(self._hooks, self._hooks.after(request))
             return reply
         except asyncio.CancelledError:
@@ -128,6 +128,17 @@ class Agent:
             raise
         except Exception as error:
             return self._failed(request, error)
+
+    async def _reply(self, request: Request, future: Future[Reply]) -> Reply:
+        """Await what becomes of ``request``; a step that came early waits for its run no longer than its deadline."""
+        if not isinstance(request, RunStep):
+            return await asyncio.wrap_future(future)
+
+        expiry = asyncio.get_running_loop().call_later(request.seconds, self._runs.expire, future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            expiry.cancel()
 
     def _start(
         self, request: Request, host: Host, attachments: tuple[object, ...], hook_seconds: float

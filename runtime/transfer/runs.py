@@ -15,6 +15,7 @@ from wavecast.runtime.transfer.hooks import Hooks
 from wavecast.runtime.transfer.host import Host
 from wavecast.runtime.transfer.memory import count_nan
 from wavecast.runtime.transfer.messages import (
+    Abort,
     Began,
     Begin,
     Close,
@@ -59,6 +60,8 @@ class Runs:
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._latest = 0
+        # By group: the last run that was given up before it began here.
+        self._given_up: dict[str, int] = {}
         self._early: list[tuple[RunStep, Promise[Reply]]] = []
 
     def session(self, run: RunId) -> Session:
@@ -75,8 +78,8 @@ class Runs:
 
     def admit(self, request: Request) -> None:
         """Refuse what comes too late before any hook is called for it."""
-        if isinstance(request, Begin) and request.run.serial < self._latest:
-            raise errors.SyncAborted("a later run has begun on this actor")
+        if isinstance(request, Begin):
+            self._require_wanted(request.run)
 
         if isinstance(request, RunHook) and request.hook == "before_commit":
             self.session(request.run).current(request.run)
@@ -90,9 +93,7 @@ class Runs:
         live = self._holding.read(request.actor, in_haste=bool(request.ahead))
         nan = count_nan(live.shards) if request.scan else ()
         with self._lock:
-            if request.run.serial < self._latest:
-                raise errors.SyncAborted("a later run has begun on this actor")
-
+            self._require_wanted(request.run)
             self._latest = request.run.serial
             for session in self._sessions.values():
                 if session.run is not None and session.run.name != request.run:
@@ -141,6 +142,13 @@ class Runs:
             shadow_bytes=self._weights.copy_bytes if request.shadow else 0,
         )
 
+    def _require_wanted(self, run: RunId) -> None:
+        if run.serial < self._latest:
+            raise errors.SyncAborted("a later run has begun on this actor")
+
+        if run.serial <= self._given_up.get(run.group, 0):
+            raise errors.SyncAborted("the run was given up before it began on this actor")
+
     def _let_close(self, session: Session, run: Run, close: CloseRun, before: Standing, *, idle: bool) -> None:
         """
         Let the run end by itself on this actor; at once where it has nothing to do in it.
@@ -176,18 +184,35 @@ class Runs:
         return Committed(seconds)
 
     def give_up(self, request: Request, reason: str) -> None:
-        """End the run of ``request`` at once, if it is under way."""
+        """End the run of ``request`` at once, if it is under way. One that is aborted before it began never will."""
         if isinstance(request, Close | Status):
             return
+
+        if isinstance(request, Abort):
+            self._keep_from_beginning(request.run, reason)
 
         session = self._sessions.get(request.run.group)
         if session is not None:
             session.give_up(request.run, reason)
 
+    def _keep_from_beginning(self, run: RunId, reason: str) -> None:
+        """Where calls have no order, what ends a run may overtake what begins it."""
+        with self._lock:
+            if run.serial <= self._latest:
+                return
+
+            self._given_up[run.group] = run.serial
+            early = [future for step, future in self._early if step.run == run]
+            self._early = [each for each in self._early if each[0].run != run]
+
+        for future in early:
+            future.set_exception(errors.SyncAborted(reason))
+
     def close(self, request: Close) -> Done:
         """Drop all that is kept for a group."""
         with self._lock:
             session = self._sessions.pop(request.group, None)
+            self._given_up.pop(request.group, None)
 
         if session is not None:
             session.close()

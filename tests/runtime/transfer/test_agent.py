@@ -859,6 +859,59 @@ async def test_a_step_that_came_early_for_a_run_that_another_overtook_is_refused
     assert world.untouched()
 
 
+async def test_on_an_event_loop_as_well_a_step_waits_for_its_run_until_its_deadline() -> None:
+    agent = Agent(lambda: [Shard("w", torch.zeros(4), (0,), (4,))])
+    reply = await asyncio.wait_for(agent.serve_async(RunStep(RunId("group", 7), 0, "digest", 0.05), ThreadHost()), 5)
+    assert isinstance(reply, Failure)
+    assert (reply.kind, reply.message) == ("SyncTimeout", "the step's run had not begun by its deadline")
+    assert agent._runs._early == []
+
+
+async def ask(agent: Agent, request: Request, *, on_loop: bool) -> Reply:
+    if on_loop:
+        return await agent.serve_async(request, ThreadHost())
+
+    return await asyncio.to_thread(agent.serve, request, ThreadHost())
+
+
+@pytest.mark.parametrize("on_loop", [True, False])
+async def test_a_run_that_was_aborted_before_it_began_never_begins(on_loop: bool) -> None:
+    agent = Agent(lambda: [Shard("w", torch.zeros(4), (0,), (4,))])
+    first, other = RunId("group", 5), RunId("another", 6)
+    step = asyncio.ensure_future(ask(agent, RunStep(first, 0, "digest", SECONDS), on_loop=on_loop))
+    unrelated = asyncio.ensure_future(ask(agent, RunStep(other, 0, "digest", SECONDS), on_loop=on_loop))
+    await until(lambda: len(agent._runs._early) == 2)
+    expect(Done, [await ask(agent, Abort(first, "the driver had enough"), on_loop=on_loop)])
+    failure = await asyncio.wait_for(step, 5)
+    assert isinstance(failure, Failure)
+    assert (failure.kind, failure.message) == ("SyncAborted", "the driver had enough")
+    assert not unrelated.done()
+
+    late = await ask(agent, Begin(first, 0, version=1), on_loop=on_loop)
+    assert isinstance(late, Failure)
+    assert (late.kind, late.message) == ("SyncAborted", "the run was given up before it began on this actor")
+    assert not unrelated.done()
+    # Older runs of other groups, and newer ones of this one, do begin.
+    assert kind_of(await ask(agent, Begin(RunId("another", 4), 0), on_loop=on_loop)) == "Began"
+    assert kind_of(await ask(agent, Begin(RunId("group", 8), 0), on_loop=on_loop)) == "Began"
+    assert kind_of(await asyncio.wait_for(unrelated, 5)) == "SyncAborted"
+    expect(Done, await asyncio.gather(*(ask(agent, Close(name), on_loop=on_loop) for name in ("group", "another"))))
+    assert agent._runs._given_up == {}
+
+
+@pytest.mark.parametrize("on_loop", [True, False])
+async def test_hooks_are_not_called_for_a_run_that_was_aborted_before_it_began(on_loop: bool) -> None:
+    called: list[int] = []
+    agent = Agent(lambda: [Shard("w", torch.zeros(4), (0,), (4,))], hooks={"before_sync": called.append})
+    run = RunId("group", 5)
+    expect(Done, [await ask(agent, Abort(run, "enough"), on_loop=on_loop)])
+    assert kind_of(await ask(agent, Begin(run, 0, version=1), on_loop=on_loop)) == "SyncAborted"
+    assert called == []
+    assert kind_of(await ask(agent, Begin(RunId("group", 6), 0, version=1), on_loop=on_loop)) == "Began"
+    assert called == [1]
+    expect(Done, [await ask(agent, Close("group"), on_loop=on_loop)])
+
+
 def test_a_step_that_a_plain_actor_was_sent_again_after_its_run_holds_it_up_until_its_deadline_and_no_longer() -> None:
     """Ray does so, where it is asked to, with an actor that it has started anew: nothing has begun there."""
     fresh = Agent(lambda: [Shard("w", torch.zeros(4), (0,), (4,))])
