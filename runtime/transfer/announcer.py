@@ -23,6 +23,7 @@ class Announcer:
 
     def __init__(self) -> None:
         self.board: Board | None = None
+        self._device: torch.device | None = None
         self._said_of: RunId | None = None
         self._exported: Memory | None = None
 
@@ -31,9 +32,10 @@ class Announcer:
         return self.board is not None and self.board.steps >= steps
 
     def make_room(self, steps: int, device: torch.device) -> None:
-        """Have a board for so many steps, which takes 0.1 s the first time."""
-        if not self.has_room(steps):
+        """Have a board for so many steps on ``device``, which takes 0.1 s the first time."""
+        if not self.has_room(steps) or self._device != device:
             self.board = Board(steps, device)
+            self._device = device
 
     def export(self, memory: Memory | None) -> None:
         """Note which memory others have been told the addresses of; ``None``: none any more."""

@@ -70,6 +70,10 @@ class Equipment:
         self._program = program
         self._buckets = {}
         self._tables = None
+        if self.puller is not None and self.puller.device != device:
+            # The shards are on another GPU by now, or on none.
+            self.detach()
+
         if self.puller is not None:
             self.puller.take_on(program)
 

@@ -72,6 +72,7 @@ CPU = torch.device("cpu")
 
 class Stream:
     def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
         self.machine = gpu.machine
         self.work: deque[Callable[[], bool]] = deque()
         self.cuda_stream = id(self)
@@ -88,6 +89,7 @@ class Stream:
     def put_waiting(self, job: Callable[[], bool]) -> None:
         """Queue what is over once it returns true, and until then holds up what follows."""
         with self.machine.changed:
+            self.gpu.queued += 1
             self.work.append(job)
             self.machine.changed.notify_all()
 
@@ -133,6 +135,7 @@ class Gpu:
     Stands for a :class:`torch.device`.
 
     :ivar default: the stream of the actor's own work
+    :ivar queued: how much has been queued on its streams so far
     """
 
     type = "cuda"
@@ -140,6 +143,7 @@ class Gpu:
     def __init__(self, machine: Machine, index: int) -> None:
         self.machine = machine
         self.index = index
+        self.queued = 0
         self.default = Stream(self)
 
 
@@ -488,9 +492,13 @@ class GpuAgent(Agent):
         self, shards: Callable[[], Sequence[Shard]], *, gpu: Gpu, hooks: dict[str, Hook], wires: Wires
     ) -> None:
         super().__init__(shards, hooks=hooks)
-        self._holding = GpuHolding(shards, gpu)
-        self._weights = GpuWeights(gpu)
+        self._holding: GpuHolding = GpuHolding(shards, gpu)
+        self._weights: GpuWeights = GpuWeights(gpu)
         self._runs: GpuRuns = GpuRuns(self._holding, self._weights, self._hooks, make_session=lambda: GpuSession(wires))
+
+    def place(self, gpu: Gpu) -> None:
+        """Take what is held from now on for memory of ``gpu``."""
+        self._holding._gpu = self._weights._gpu = gpu
 
 
 class GpuActor(LocalActor):
@@ -509,6 +517,13 @@ class GpuActor(LocalActor):
         self.held: dict[type[Request], asyncio.Event] = {}
         self._pool = pool
         self.agent: GpuAgent = GpuAgent(worker.transfer_shards, gpu=gpu, hooks=overridden_hooks(worker), wires=wires)
+
+    def move_to(self, gpu: Gpu) -> None:
+        """Hold the same in new memory, on another device."""
+        worker = kept(self)
+        worker.matrix, worker.scale, worker.kept = worker.matrix.clone(), worker.scale.clone(), None
+        self.gpu = gpu
+        self.agent.place(gpu)
 
     def remote(self, call: bytes, *attachments: Answer) -> Answer:
         request, _ = cast("tuple[Request, object]", decode(call))

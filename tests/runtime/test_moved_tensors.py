@@ -218,3 +218,28 @@ async def test_fixed_shards_are_synced_and_those_made_anew_may_be_anywhere(machi
         stage.renew(7)
         await group.sync()
         assert stage.arrived()
+
+
+@pytest.mark.parametrize("transport", ["nccl", "auto"])
+async def test_actors_whose_tensors_move_to_another_gpu_work_there(machine: Machine, transport: str) -> None:
+    stage = GpuStage(machine)
+    async with group_of(stage, transport=transport) as group:
+        await sync_twice(stage, group)
+        for number, actor in enumerate((stage.trainers[1], stage.replicas[0][0])):
+            assert isinstance(actor, GpuActor)
+            left, gpu = actor.gpu, machine.gpu()
+            actor.move_to(gpu)
+            stage.renew(200 + number)
+            stage.take()
+            await group.sync()
+            assert stage.arrived()
+            (session,) = actor.agent._runs._sessions.values()
+            board, puller = session.announcer.board, session.equipment.puller
+            assert board is not None
+            assert puller is not None
+            assert (board._stream.gpu, puller.device) == (gpu, gpu)  # type: ignore[attr-defined, comparison-overlap]
+            # Nothing is queued any more on the device that was left.
+            queued = left.queued
+            await sync_twice(stage, group)
+            assert stage.arrived()
+            assert left.queued == queued
