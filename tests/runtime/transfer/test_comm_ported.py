@@ -112,8 +112,9 @@ def test_what_stays_on_a_gpu_takes_no_port() -> None:
     members, near, far = connected(PAIRS)
     deadline = Deadline(SECONDS)
     sent, got = pattern(16, 1, CPU), torch.zeros(16, dtype=torch.uint8)
-    members[0].start(sent, sender=0, receivers=(2,), deadline=deadline).finish(deadline)
+    sending = members[0].start(sent, sender=0, receivers=(2,), deadline=deadline)
     members[2].start(got, sender=0, receivers=(2,), deadline=deadline).finish(deadline)
+    sending.finish(deadline)
     assert torch.equal(sent, got)
     assert near.log == [(0, 2, 16)]
     assert far.log == []

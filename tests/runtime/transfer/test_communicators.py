@@ -230,9 +230,28 @@ def test_the_fake_notices_a_message_of_another_size() -> None:
         move.finish(Deadline(5))
 
     sender, receiver = conformance.in_threads(members, part)
-    assert sender.result(5) is None
+    # Each of the two knows that the other got nothing.
+    with pytest.raises(CommunicatorError, match="was aborted"):
+        sender.result(5)
+
     with pytest.raises(CommunicatorError, match="expected 9 bytes from actor 0, which sent 8"):
         receiver.result(5)
+
+
+def test_the_fake_reads_what_is_sent_as_it_is_taken() -> None:
+    sender, receiver = make_fake(2, (), ())
+    deadline = Deadline(5)
+    sent, got = torch.ones(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
+    sending = sender.start(sent, sender=0, receivers=(1,), deadline=deadline)
+    taking = receiver.start(got, sender=0, receivers=(1,), deadline=deadline)
+    with pytest.raises(MoveTimeout, match=r"actors \[1\] had not taken what actor 0 sent"):
+        sending.finish(Deadline(0.01))
+
+    # Too early: the move was not finished.
+    sent.fill_(7)
+    taking.finish(deadline)
+    sending.finish(deadline)
+    assert got.tolist() == [7] * 8
 
 
 def test_a_stranger_to_a_move_is_refused() -> None:
