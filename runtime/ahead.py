@@ -45,7 +45,7 @@ def may_close(known: Known, request: SyncRequest, preparation: Preparation) -> b
         # An actor's last task ends with the last of all receivers': that is no measure of its own.
         return False
 
-    return bool(preparation.agreeing) and not any(known.to_release())
+    return bool(preparation.agreeing) and not any(known.connection.to_release(options))
 
 
 class BeginsAhead:
@@ -90,10 +90,6 @@ class BeginsAhead:
             await self._noted.wait()
 
     def hear_no_more(self) -> None:
-        """Wait for no answer any more."""
-        self._hearing.cancel()
-
-    def note_no_more(self) -> None:
         """Note nothing of what is said from now on: the run's end will have been noted."""
         self._noted.set()
         self._hearing.cancel()

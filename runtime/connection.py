@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from wavecast.runtime.cluster import RayActors
+from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.transfer.messages import (
     Attach,
@@ -94,6 +95,10 @@ class Connection:
             and self._groups.issuperset(preparation.groups)
             and self._edges.issuperset(preparation.edges)
         )
+
+    def to_release(self, options: SyncOptions) -> tuple[bool, bool]:
+        """Tell whether communicators are to be given back before a commit, and what keeps weights' memory."""
+        return options.release_communicators and bool(self.transport), options.release_memory
 
     async def release(self, run: RunId, *, communicators: bool, memory: bool) -> None:
         """

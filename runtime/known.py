@@ -80,11 +80,6 @@ class Known:
 
         return self._chosen[1]
 
-    def to_release(self) -> tuple[bool, bool]:
-        """Tell whether communicators are to be given back before a commit, and what keeps weights' memory."""
-        options = self.options
-        return options.release_communicators and bool(self.connection.transport), options.release_memory
-
     def holds_for(self, began: Sequence[Began]) -> bool:
         """Tell whether the actors are as they were when everything was last prepared, for all tensors."""
         return self.prepared is not None and self.prepared[0] == self._key(began, None)

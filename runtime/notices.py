@@ -18,6 +18,10 @@ __all__ = ("Notices", "Told", "listening")
 _AT_ONCE = 64
 
 
+def _forget(found: StepDone | None) -> None:
+    """Nobody wants to know."""
+
+
 class Told:
     """
     What an actor will tell ahead of its answer, which may be nothing. On the event loop's thread alone.
@@ -30,7 +34,7 @@ class Told:
 
     def __init__(self) -> None:
         self.done = False
-        self._call: Callable[[StepDone | None], object] = lambda found: None
+        self._call: Callable[[StepDone | None], object] = _forget
 
     def then(self, call: Callable[[StepDone | None], object]) -> None:
         """Call ``call`` with what is told, or with ``None`` once the answer itself is there. Before either."""
@@ -40,7 +44,9 @@ class Told:
         """Say what was told; what comes second is no news."""
         if not self.done:
             self.done = True
-            self._call(found)
+            # Whoever is called knows the answer, which knows of this: let go of him.
+            call, self._call = self._call, _forget
+            call(found)
 
 
 class Notices:

@@ -157,6 +157,7 @@ def prepare(
     receivers = tuple(range(len(sources), len(layouts)))
     agreeing = _agreeing(receivers, programs, ahead, carriers) if is_safe_ahead else ()
     neighbours = _neighbours(traffic.moved, carriers)
+    pulls = traffic.pulls
     return Preparation(
         plan=plan,
         schedule=schedule,
@@ -168,10 +169,10 @@ def prepare(
         groups=traffic.groups,
         carriers=carriers,
         edges=traffic.edges,
-        pulls=traffic.pulls,
+        pulls=pulls,
         in_flight=in_flight,
         ahead=ahead,
-        readings=frozenset((*traffic.pulls, *neighbours, *meetings, *itertools.permutations(agreeing, 2))),
+        readings=frozenset((*pulls, *neighbours, *meetings, *itertools.permutations(agreeing, 2))),
         is_safe_ahead=is_safe_ahead,
         agreeing=agreeing,
         pulled_nbytes=sum(task.nbytes for task in traffic.pulled),

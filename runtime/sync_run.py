@@ -20,6 +20,7 @@ from wavecast.runtime.report import HookSeconds, SyncReport
 from wavecast.runtime.reporting import make_report
 from wavecast.runtime.request import SyncRequest
 from wavecast.runtime.stopwatch import Stopwatch
+from wavecast.runtime.transfer.comm import Deadline
 from wavecast.runtime.transfer.messages import Began, RunId
 from wavecast.runtime.transferring import TransferPhase
 from wavecast.runtime.undisturbed import undisturbed
@@ -73,7 +74,7 @@ class SyncRun:
         self._actors = known.actors
         self._sources = known.sources
         self._connection = known.connection
-        self._ends = time.monotonic() + request.seconds_left
+        self._deadline = Deadline(request.seconds_left)
         self._owing: tuple[int, ...] = ()
         self._preparation: Preparation | None = None
         self._commit: CommitPhase | None = None
@@ -84,7 +85,7 @@ class SyncRun:
         # By the clock: also a driver that was started anew comes after the one before.
         self._name = RunId(self._group, time.time_ns())
         self._aborting: asyncio.Future[None] | None = None
-        self._moving = TransferPhase(self._actors, self._name, self._options, lambda: self._seconds_left, self.touched)
+        self._moving = TransferPhase(self._actors, self._name, self._options, self._deadline, self.touched)
 
     async def run(self) -> SyncReport:
         """
@@ -127,7 +128,7 @@ class SyncRun:
             await validate(self._actors, self._name, preparation, self.request.progress)
 
     async def _commit_everywhere(self, moved: _Moved) -> HookSeconds:
-        communicators, memory = self._known.to_release()
+        communicators, memory = self._connection.to_release(self._options)
         if communicators or memory:
             await self._connection.release(self._name, communicators=communicators, memory=memory)
 
@@ -178,7 +179,7 @@ class SyncRun:
         """
         known, request = self._known, self.request
         closing = self._versions_to_commit() if may_close(known, request, preparation) else None
-        starts = head_starts(known, preparation, self._name, closing, seconds=self._seconds_left)
+        starts = head_starts(known, preparation, self._name, closing, seconds=self._deadline.left)
         # The begins leave first, and at once: an actor takes its calls in the order in which they were sent. The first
         # steps go with them, whatever becomes of the next begin.
         self.touched.update(actor for actor, start in enumerate(starts) if start.ahead and actor >= known.sources)
@@ -202,11 +203,10 @@ class SyncRun:
                     with anyio.move_on_after(_BEGIN_SECONDS):
                         await begins.wait()
 
-                    begins.hear_no_more()
-
-            await begins.wait()
+            if failure is None:
+                await begins.wait()
         finally:
-            begins.note_no_more()
+            begins.hear_no_more()
 
         if begins.refusal is not None:
             raise begins.refusal
@@ -312,7 +312,7 @@ class SyncRun:
                         preparation,
                         [reply.addresses for reply in began],
                         run=self._name,
-                        seconds=lambda: self._seconds_left,
+                        seconds=lambda: self._deadline.left,
                     )
             except errors.TransportUnavailable as error:
                 refused = {pair for pair in preparation.readings if not set(pair).isdisjoint(error.actors)}
@@ -322,10 +322,6 @@ class SyncRun:
                 self._known.refused |= refused
             else:
                 return preparation, planned, connected
-
-    @property
-    def _seconds_left(self) -> float:
-        return max(self._ends - time.monotonic(), 0.001)
 
     async def _open(self) -> list[Began]:
         """

@@ -11,6 +11,7 @@ from wavecast.runtime.options import SyncOptions
 from wavecast.runtime.plan.tasks import task_ends
 from wavecast.runtime.preparation import Preparation
 from wavecast.runtime.request import Progress
+from wavecast.runtime.transfer.comm import Deadline
 from wavecast.runtime.transfer.messages import Finished, RunId, RunStep, StepDone
 from wavecast.scheduler import RunReport, Task, run
 
@@ -25,16 +26,16 @@ class TransferPhase:
     What an actor answers is noted as it comes: what one member of a task has done stands, whatever becomes of the
     others.
 
-    :ivar seconds_left: tells the time left until the deadline
+    :ivar name: of the run
     :ivar touched: is given the destination actors that tasks are dispatched to
     :ivar finished: what each actor said with its last step
     :ivar closed: the actors on which the run is over
     """
 
     actors: RayActors
-    run: RunId
+    name: RunId
     options: SyncOptions
-    seconds_left: Callable[[], float]
+    deadline: Deadline
     touched: set[int]
     finished: dict[int, Finished] = field(default_factory=dict)
     closed: set[int] = field(default_factory=set)
@@ -63,7 +64,7 @@ class TransferPhase:
                 preparation.driven,
                 lambda task: self._dispatch(task, preparation, notices),
                 lookahead=options.lookahead,
-                deadline=self.seconds_left(),
+                deadline=self.deadline.left,
                 abort=abort,
                 in_flight=preparation.in_flight,
                 abort_seconds=abort_seconds,
@@ -77,7 +78,7 @@ class TransferPhase:
         refs = [
             self.actors.start(
                 member,
-                RunStep(self.run, preparation.step_of[member][task.id], preparation.digest, self.seconds_left()),
+                RunStep(self.name, preparation.step_of[member][task.id], preparation.digest, self.deadline.left),
                 notices=notices,
             )
             for member in task.members

@@ -11,12 +11,18 @@ __all__ = ("from_failure", "from_ray")
 
 
 def from_ray(error: RayError, actor: int) -> errors.SyncError:
-    """Return the error that says what became of a call to ``actor``."""
-    first_line = str(error).partition("\n")[0]
+    """Return the error that says what became of a call to ``actor``; Ray's own, which tells more, is its cause."""
+    found = _named(error, actor)
+    found.__cause__ = error
+    return found
+
+
+def _named(error: RayError, actor: int) -> errors.SyncError:
     if isinstance(error, TaskCancelledError):
         return errors.SyncAborted("the call was cancelled", actors=(actor,))
 
     if isinstance(error, (ActorDiedError, ActorUnavailableError, RayActorError)):
+        first_line = str(error).partition("\n")[0]
         return errors.ActorDied(f"the actor died: {first_line}", actors=(actor,))
 
     return errors.ActorFailed(f"the call failed in Ray: {error}", actors=(actor,))

@@ -31,20 +31,21 @@ class Equipment:
     """
     What moves a session's bytes.
 
-    Made, used and given back on the session's lane; a connection may be dropped on any thread.
+    Used on the session's lane, where all is made and mapped. Who ends a run or the group does so on another thread: a
+    connection that is made meanwhile is aborted as soon as it is there.
 
     :ivar announcer: says on the actor's board how runs begin and end
     :ivar forwards: the program sends what it has received
     :ivar epoch: changes when a connection that may be in the making is given up
     """
 
-    def __init__(self, announcer: Announcer, join: Join) -> None:
+    def __init__(self, announcer: Announcer) -> None:
         self.announcer = announcer
         self.forwards = False
         self.staging: Staging | None = None
         self.puller: Puller | None = None
         self.epoch = 0
-        self._join = join
+        # No connection is taken on while another thread gives one up.
         self._lock = threading.Lock()
         self._program: Program | None = None
         self._buckets: dict[int, tuple[Bucket, ...]] = {}
@@ -121,17 +122,18 @@ class Equipment:
 
     # The connection.
 
-    def connect(self, request: Connect, address: str, device: torch.device, epoch: int) -> Connected:
+    def connect(self, request: Connect, address: str, device: torch.device, *, join: Join, epoch: int) -> Connected:
         """
         Build this actor's end of a connection.
 
+        :param join: meets the others
         :param epoch: as it was when this was asked for
         :raises SyncAborted: when the connection was given up meanwhile
         """
         deadline = Deadline(request.seconds)
         started = deadline.left
         self.drop_connection(abort=False)
-        communicator = self._join(request, address, device, deadline)
+        communicator = join(request, address, device, deadline)
         with self._lock:
             if epoch != self.epoch:
                 communicator.abort()
@@ -220,12 +222,19 @@ class Equipment:
         self._tables = None
         self.announcer.export(None)
 
-    def drop(self) -> Puller | None:
-        """Give back all but the mappings: whoever else uses them comes first. Return what has them."""
+    def give_back(self) -> Puller | None:
+        """
+        Give back all but what is mapped of others' memory, for good.
+
+        :return: what has that: to be closed on the lane, behind what may be using it
+        """
         self._program = None
         self._buckets = {}
         self._tables = None
         self.announcer.export(None)
-        self.drop_connection(abort=False)
+        with self._lock:
+            self.epoch += 1
+            self.drop_connection(abort=False)
+
         puller, self.puller = self.puller, None
         return puller

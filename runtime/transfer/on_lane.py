@@ -56,7 +56,7 @@ def _load(request: Load, session: Session, weights: Weights) -> Done:
     with collector_paused():
         program = request.program.unpack()
 
-    weights.receives(request.run.group, program)
+    weights.note_received(request.run.group, program)
     session.equipment.load(program, run.memory.device)
     return Done()
 

@@ -37,14 +37,14 @@ class Session:
 
     :ivar run: the run under way, if any
     :ivar announcer: says on the actor's board how runs begin and end
-    :ivar equipment: what moves the bytes; used on the lane
-    :ivar steps: how they are moved; used on the lane
+    :ivar equipment: what moves the bytes
+    :ivar steps: how they are moved
     """
 
     def __init__(self) -> None:
         self.lane = Lane("wavecast-transfer")
         self.announcer = Announcer()
-        self.equipment = Equipment(self.announcer, self._join)
+        self.equipment = Equipment(self.announcer)
         self.run: Run | None = None
         self._waits = Lane("wavecast-arrivals")
         self._lock = threading.RLock()
@@ -174,7 +174,7 @@ class Session:
 
             self.run = None
             self._meeting.close()
-            puller = self.equipment.drop()
+            puller = self.equipment.give_back()
             if puller is not None:
                 self.lane.submit(puller.close)
 
@@ -190,9 +190,12 @@ class Session:
     def connect(self, request: Connect, address: str) -> Future[Reply]:
         """Build this actor's end of a connection on the lane."""
         epoch = self.equipment.epoch
-        return self.lane.submit(
-            lambda: self.equipment.connect(request, address, self.current(request.run).memory.device, epoch)
-        )
+
+        def connect() -> Reply:
+            device = self.current(request.run).memory.device
+            return self.equipment.connect(request, address, device, join=self._join, epoch=epoch)
+
+        return self.lane.submit(connect)
 
     def export(self, name: RunId) -> Addresses:
         """Say where the cuts lie that others pull from this actor, and let them. On the lane."""

@@ -69,7 +69,7 @@ class Weights:
 
         return run
 
-    def receives(self, group: str, program: Program) -> None:
+    def note_received(self, group: str, program: Program) -> None:
         """Note what the runs of ``group`` write from now on."""
         self._received[group] = _received(program)
 

@@ -1,7 +1,9 @@
-"""What a sync hands to the scheduler's run as its dispatch."""
+"""What a sync hands to the scheduler's run as its dispatch, and what is left of it afterwards."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 
 from tests.runtime.local_actors import LocalActor, local
 from tests.runtime.local_groups import held, sync
-from wavecast.runtime import SyncOptions, transferring
+from wavecast.runtime import SyncOptions, SyncReport, transferring
+from wavecast.runtime.sync_run import SyncRun
 from wavecast.runtime.transfer.messages import RunStep
 from wavecast.scheduler import RunReport, Schedule, Task, run
 
@@ -53,3 +56,23 @@ def test_the_steps_of_a_task_are_asked_for_in_the_call_of_its_dispatch(monkeypat
     assert torch.equal(sent, kept)
     assert len(in_call) == 4
     assert in_call == members
+
+
+@pytest.mark.usefixtures("local")
+def test_a_sync_is_forgotten_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows the user's callable, the plan and what the actors said."""
+    runs: list[weakref.ref[SyncRun]] = []
+    begin = SyncRun.run
+
+    async def noted(run: SyncRun) -> SyncReport:
+        runs.append(weakref.ref(run))
+        return await begin(run)
+
+    monkeypatch.setattr(SyncRun, "run", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        sync([[held("w", torch.arange(4.0))]], [[held("w", torch.zeros(4))]])
+        assert [run() for run in runs] == [None]
+    finally:
+        gc.enable()

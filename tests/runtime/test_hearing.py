@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -201,6 +203,37 @@ def test_an_answer_after_the_loop_has_gone_is_left_alone() -> None:
     hearing = asyncio.run(leave())
     hearing.refs[0].say(StepDone())
     assert hearing.noted == []
+
+
+async def test_what_ray_says_of_a_dead_actor_is_kept_as_the_cause() -> None:
+    hearing = Hearing()
+    said = ActorDiedError()
+    hearing.refs[2].found.set_exception(said)
+    with pytest.raises(ActorDied) as caught:
+        await hearing.future
+
+    assert caught.value.__cause__ is said
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_answers_are_let_go_of_without_the_garbage_collector(ahead: bool) -> None:
+    hearing = Hearing(ahead=ahead)
+    for told, reference in itertools.zip_longest(hearing.told, hearing.refs):
+        if told is not None:
+            told.tell(StepDone())
+
+        reference.say(StepDone())
+
+    await hearing.soon()
+    assert await hearing.future == [StepDone()] * 3
+    kept = [weakref.ref(reference.found) for reference in hearing.refs]
+    gc.disable()
+    try:
+        del hearing, told, reference
+        await asyncio.sleep(0)
+        assert [found() for found in kept] == [None] * 3
+    finally:
+        gc.enable()
 
 
 async def test_of_no_calls_there_is_nothing_to_wait_for() -> None:

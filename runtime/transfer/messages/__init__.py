@@ -1,4 +1,4 @@
-"""What driver and actors say to each other: plain values, pickled by the host's own channel."""
+"""What driver and actors say to each other: plain values, which travel as bytes over the host's own channel."""
 
 from __future__ import annotations
 
