@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from wavecast.runtime.cluster.actors import ActorHandle, Answer, RayActors, RayHost
+from wavecast.runtime.cluster.actors import ActorHandle, Answer, RayActors
+from wavecast.runtime.cluster.host import RayHost
 from wavecast.runtime.cluster.joining import (
     call_all,
     cluster,

@@ -11,27 +11,24 @@ from typing import Protocol, TypeAlias, TypeVar, cast
 
 import anyio
 import ray
-import ray.util
 from ray.exceptions import RayError
 
 from wavecast.runtime import errors
 from wavecast.runtime.cluster.failures import from_failure, from_ray
+from wavecast.runtime.cluster.host import RayHost
 from wavecast.runtime.notices import Notices, Told
 from wavecast.runtime.transfer.messages import (
     Abort,
-    Brief,
     Close,
     Failure,
     Request,
     RunId,
     Status,
-    StepDone,
     decode,
     encode,
 )
-from wavecast.runtime.transfer.slip import Slip
 
-__all__ = ("ActorHandle", "Answer", "RayActors", "RayHost")
+__all__ = ("ActorHandle", "Answer", "RayActors")
 
 R = TypeVar("R")
 
@@ -55,30 +52,6 @@ ActorHandle: TypeAlias = object
 
 #: What stands for an answer until it is awaited.
 Answer: TypeAlias = "ray.ObjectRef[bytes]"
-
-
-@dataclass(frozen=True, slots=True)
-class RayHost(Brief):
-    """
-    What an agent asks of the Ray worker it runs in. Travels with each request.
-
-    :ivar slip: for what the driver is to know ahead of the answer
-    """
-
-    slip: Slip | None = None
-
-    def tell(self, reply: StepDone) -> None:
-        if self.slip is not None:
-            self.slip.send(reply)
-
-    def cancelled(self) -> bool:
-        return ray.get_runtime_context().is_canceled()
-
-    def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
-    def address(self) -> str:
-        return str(ray.util.get_node_ip_address())
 
 
 _HOST = RayHost()
