@@ -93,32 +93,13 @@ class Runs:
         live = self._holding.read(request.actor, in_haste=bool(request.ahead))
         nan = count_nan(live.shards) if request.scan else ()
         with self._lock:
-            self._require_wanted(request.run)
-            self._latest = request.run.serial
-            for session in self._sessions.values():
-                if session.run is not None and session.run.name != request.run:
-                    session.give_up(session.run.name, "another sync, of this group or of another, began on this actor")
-
+            self._end_others(request.run)
             is_first = self._holding.moves == 0
             self._holding.take_on(live)
             before = self._weights.standing
             run = self._weights.begin(request, live, before)
-            own = self._sessions.get(request.run.group)
-            if own is None:
-                # Not setdefault(): a session has a thread.
-                own = self._sessions[request.run.group] = self._make_session()
-
-            own.run = run
             run.spend(time.thread_time() - started)
-            if request.layout is not None and request.layout != self._holding.digest:
-                own.refuse(run, request.ahead)
-            else:
-                own.announcer.begin(run)
-                if request.close is not None:
-                    self._let_close(own, run, request.close, before, idle=not request.ahead)
-
-                own.start_ahead(request.ahead)
-
+            self._start(run, request, before)
             early, self._early = self._early, []
 
         for waiting, future in early:
@@ -141,6 +122,34 @@ class Runs:
             hook_seconds=hook_seconds,
             shadow_bytes=self._weights.copy_bytes if request.shadow else 0,
         )
+
+    def _end_others(self, run: RunId) -> None:
+        """Give up what is under way, of whatever group, for ``run``."""
+        self._require_wanted(run)
+        self._latest = run.serial
+        for session in self._sessions.values():
+            # Read once: it may be given up meanwhile.
+            running = session.run
+            if running is not None and running.name != run:
+                session.give_up(running.name, "another sync, of this group or of another, began on this actor")
+
+    def _start(self, run: Run, request: Begin, before: Standing) -> None:
+        """Let the group's session take ``run`` up, and the steps that come with its begin."""
+        own = self._sessions.get(request.run.group)
+        if own is None:
+            # Not setdefault(): a session has a thread.
+            own = self._sessions[request.run.group] = self._make_session()
+
+        own.run = run
+        if request.layout is not None and request.layout != self._holding.digest:
+            own.refuse(run, request.ahead)
+            return
+
+        own.announcer.begin(run)
+        if request.close is not None:
+            self._let_close(own, run, request.close, before, idle=not request.ahead)
+
+        own.start_ahead(request.ahead)
 
     def _require_wanted(self, run: RunId) -> None:
         if run.serial < self._latest:
