@@ -291,6 +291,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--transports", nargs="+", default=["nccl", "ipc"], choices=("nccl", "ipc", "gloo"))
     parser.add_argument("--model", default="", help="qwen2.5-7b on GPUs, else two layers of qwen2.5-0.5b")
     options = parser.parse_args(argv)
+    here = torch.cuda.device_count()
+    if options.device == "cuda" and here < 2:
+        # Each of the two actors asks Ray for a GPU, and would wait for it.
+        print(f"gpu_faults: needs 2 GPUs, {here} are here; --device cpu needs none", file=sys.stderr)
+        return 2
+
     model = options.model or ("qwen2.5-7b" if options.device == "cuda" else "qwen2.5-0.5b")
     with cluster(None):
         return 0 if asyncio.run(run(options.transports, options.device, model)) else 1

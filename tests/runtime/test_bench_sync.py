@@ -557,3 +557,9 @@ async def test_a_strike_falls_while_the_second_steps_bytes_are_on_their_way_and_
     assert struck == [(os.getpid(), signal.SIGKILL, "true")]
     assert bench.gpu_faults.Steps.queue is queue
     assert torch.equal(source, found)
+
+
+def test_faults_on_fewer_gpus_than_it_takes_are_refused(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench.gpu_faults.torch.cuda, "device_count", lambda: 1)
+    assert bench.gpu_faults.main([]) == 2
+    assert capsys.readouterr().err == "gpu_faults: needs 2 GPUs, 1 are here; --device cpu needs none\n"
