@@ -176,6 +176,11 @@ def on_device(tensor: torch.Tensor, gpu: Gpu) -> DeviceTensor:
     return found
 
 
+def _first_address(handle: bytes) -> int:
+    """Return where the page behind ``handle`` begins."""
+    return int.from_bytes(handle[:8], "little") << 16
+
+
 class Machine:
     """
     The GPUs of one test.
@@ -237,6 +242,10 @@ class Machine:
     def make_current(self, index: int) -> None:
         self._here.index = index
 
+    def here(self) -> int:
+        """The current device's number."""
+        return int(self._here.index)
+
     def current_stream(self, device: object = None) -> Stream:
         used: list[Stream] = getattr(self._here, "used", [])
         if used:
@@ -262,7 +271,7 @@ class Machine:
         with self.changed:
             self.opened[self._here.index, handle] += 1
 
-        return int.from_bytes(handle, "little") << 16
+        return _first_address(handle)
 
     def close_memory(self, handle: bytes) -> None:
         with self.changed:
@@ -272,8 +281,14 @@ class Machine:
     def read_async(self, target: int, source: int, nbytes: int, stream: int) -> None:
         self.on_listen(self._here.index, source)
         # A board is smaller than a page, and may begin in the one before.
-        pages = [(self._here.index, ((source >> 16) - before).to_bytes(8, "little")) for before in (0, 1)]
-        if not any(self.opened[page] for page in pages):
+        pages = (source >> 16 << 16, (source >> 16) - 1 << 16)
+        with self.changed:
+            mapped = any(
+                count and gpu == self._here.index and _first_address(handle) in pages
+                for (gpu, handle), count in self.opened.items()
+            )
+
+        if not mapped:
             self.strays.append((self._here.index, source))
 
         # Looking is a tight loop: others may want the lock.
@@ -329,7 +344,7 @@ class GpuTorch:
             Event=Event,
             stream=machine.stream,
             current_stream=machine.current_stream,
-            current_device=lambda: machine._here.index,
+            current_device=machine.here,
             is_available=lambda: False,
             get_device_properties=lambda gpu: SimpleNamespace(uuid=f"GPU-{gpu.index}"),
         )
@@ -356,13 +371,19 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     for module in (board, fused, holding, pull, run, shadow, staging):
         monkeypatch.setattr(module, "torch", GpuTorch(machine))
 
+    class Owned(Exporter):
+        """Each actor lends pages of its own: here two actors' tensors may lie in one."""
+
+        def handle_of(self, page: int) -> bytes:
+            return super().handle_of(page) + machine.here().to_bytes(8, "little")
+
     lay_down = tables._table
     monkeypatch.setattr(tables, "_table", lambda segments, unit, tile, device: lay_down(segments, unit, tile, CPU))
     monkeypatch.setattr(tables, "_launch", machine.launch)
     monkeypatch.setattr(runs, "has_kernels", lambda: True)
     monkeypatch.setattr(runs, "warm_up", lambda device: None)
     monkeypatch.setattr(fused, "read_async", machine.fetch)
-    monkeypatch.setattr(lending, "Exporter", Exporter)
+    monkeypatch.setattr(lending, "Exporter", Owned)
     monkeypatch.setattr(lending, "make_current", machine.make_current)
     monkeypatch.setattr(arrivals, "allocation_of", allocation_of)
     for name in ("make_current", "open_memory", "close_memory"):

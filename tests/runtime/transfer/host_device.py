@@ -155,11 +155,14 @@ class Exporter:
         self.handles: list[bytes] = []
 
     def locate(self, address: int) -> tuple[int, int]:
-        handle = (address >> 16).to_bytes(8, "little")
+        handle = self.handle_of(address >> 16)
         if handle not in self.handles:
             self.handles.append(handle)
 
         return self.handles.index(handle), address & 0xFFFF
+
+    def handle_of(self, page: int) -> bytes:
+        return page.to_bytes(8, "little")
 
 
 def allocation_of(address: int) -> int:
