@@ -102,12 +102,27 @@ def plan_reshard(
     if isinstance(allow_missing, str) or not isinstance(allow_missing, Collection):
         raise ConfigError(f"allow_missing={allow_missing!r} must be a collection of names")
 
-    for actor, layout in enumerate((*src_layouts, *dst_layouts)):
+    sources = _require_layouts("source", src_layouts, first_actor=0)
+    destinations = _require_layouts("destination", dst_layouts, first_actor=len(sources))
+    with paused_collector():
+        return _plan(sources, destinations, frozenset(allow_missing))
+
+
+def _require_layouts(side: str, layouts: object, *, first_actor: int) -> tuple[Layout, ...]:
+    """
+    Return ``layouts`` as a tuple.
+
+    :raises LayoutError: naming what is no sequence, or no layout
+    """
+    if not isinstance(layouts, Iterable):
+        raise LayoutError(f"the {side} layouts are a {type(layouts).__name__}, not a layout for each actor")
+
+    found = tuple(layouts)
+    for actor, layout in enumerate(found, first_actor):
         if not isinstance(layout, Layout):
             raise LayoutError(f"the layout of actor {actor} is a {type(layout).__name__}, not what describe() returns")
 
-    with paused_collector():
-        return _plan(src_layouts, dst_layouts, frozenset(allow_missing))
+    return found
 
 
 def _plan(src_layouts: Sequence[Layout], dst_layouts: Sequence[Layout], allow_missing: frozenset[str]) -> ReshardPlan:

@@ -313,6 +313,12 @@ def test_shards_that_were_not_described_are_refused(kit) -> None:
     with pytest.raises(LayoutError, match=r"the layout of actor 1 is a list, not what describe\(\) returns"):
         plan_reshard(kit.split("w", (4,), 1), [[]])  # type: ignore[list-item]
 
+    with pytest.raises(LayoutError, match="the source layouts are a NoneType, not a layout for each actor"):
+        plan_reshard(None, [])  # type: ignore[arg-type]
+
+    with pytest.raises(LayoutError, match="the destination layouts are a Layout, not a layout for each actor"):
+        plan_reshard([], kit.split("w", (4,), 1)[0])
+
 
 def test_what_is_computed_at_a_destination_is_not_written(kit) -> None:
     (whole,) = kit.split("w", (4,), 1)
