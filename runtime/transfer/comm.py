@@ -49,7 +49,7 @@ class Move(Protocol):
 
         On a CPU transport this blocks until the bytes are there. On a CUDA transport it returns at once and makes the
         *current stream* wait; a :class:`Fence` put after it can be waited for. The buffer may be reused by work that
-        comes after this call (on the same stream, for CUDA).
+        comes after this call (on the same stream, for CUDA). May be called again, for another stream.
 
         :raises MoveTimeout: when the deadline passed first
         :raises CommunicatorError: when the transport failed or was aborted

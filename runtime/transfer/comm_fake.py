@@ -128,10 +128,12 @@ class _Expected:
     def __init__(self, fabric: FakeFabric, message: _Message, buffer: torch.Tensor) -> None:
         self._fabric = fabric
         self._message = message
-        self._buffer = buffer
+        self._buffer: torch.Tensor | None = buffer
 
     def finish(self, deadline: Deadline) -> None:
-        self._fabric.take(self._message, self._buffer, deadline)
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._fabric.take(self._message, buffer, deadline)
 
 
 class FakeCommunicator:

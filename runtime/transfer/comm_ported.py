@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 
@@ -95,8 +96,8 @@ class PortedCommunicator:
         self._place = {owner: number for number, owner in enumerate(sorted(set(owners)))}
         self._near = near
         self._far = far
-        #: What has yet to be passed on: neighbours take what they get from here in the order of their programs.
-        self._passing: list[_Passing] = []
+        #: What peers wait for this actor to do, in the order of its program.
+        self._owed: list[_Received] = []
 
     def start(self, buffer: torch.Tensor, *, sender: int, receivers: tuple[int, ...], deadline: Deadline) -> Move:
         legs = plan_legs(self._owners, sender, receivers)
@@ -110,9 +111,11 @@ class PortedCommunicator:
         if self.rank in legs.first:
             move = self._near.start(buffer, sender=sender, receivers=legs.first, deadline=deadline)
             if not legs.far or self.rank != legs.root:
-                return move
+                return self._owe(_Received(self, move))
 
-            # Owners enter far moves in the order of their programs, so what is to leave must be here first.
+            # Owners enter far moves in the order of their programs, so what is to leave must be here first. It may
+            # never come while anybody waits for this actor's part in what was before.
+            self._do_part(deadline)
             move.finish(deadline)
             return self._start_far(buffer, legs, deadline)
 
@@ -120,15 +123,18 @@ class PortedCommunicator:
             move = self._start_far(buffer, legs, deadline)
             clients = legs.last[self.rank]
             if not clients:
-                return move
+                return self._owe(_Received(self, move))
 
-            return self._pass_on(move, buffer, clients)
+            return self._owe(
+                _Passing(self, move, partial(self._near.start, buffer, sender=self.rank, receivers=clients))
+            )
 
         owner = self._owners[self.rank]
         if self.rank not in legs.last.get(owner, ()):
             raise CommunicatorError(f"actor {self.rank} takes no part in a move from {sender} to {receivers}")
 
-        return self._near.start(buffer, sender=owner, receivers=legs.last[owner], deadline=deadline)
+        move = self._near.start(buffer, sender=owner, receivers=legs.last[owner], deadline=deadline)
+        return self._owe(_Received(self, move))
 
     def fence(self) -> Fence:
         return self._near.fence()
@@ -145,18 +151,25 @@ class PortedCommunicator:
 
         self._near.close()
 
-    def _pass_on(self, move: Move, buffer: torch.Tensor, receivers: tuple[int, ...]) -> Move:
-        def offer(deadline: Deadline) -> Move:
-            self._passing.remove(passing)
-            return self._near.start(buffer, sender=self.rank, receivers=receivers, deadline=deadline)
+    def _owe(self, received: _Received) -> Move:
+        self._owed.append(received)
+        return received
 
-        passing = _Passing(move, offer)
-        self._passing.append(passing)
-        return passing
+    def done(self, received: _Received) -> None:
+        """Note that nobody waits for this actor's part in ``received`` any more."""
+        if received in self._owed:
+            self._owed.remove(received)
+
+    def _do_part(self, deadline: Deadline) -> None:
+        """Take all that peers offer, and pass on what goes on from here."""
+        for received in [*self._owed]:
+            received.take(deadline)
 
     def _offer(self, buffer: torch.Tensor, receivers: tuple[int, ...], deadline: Deadline) -> Move:
-        for passing in [*self._passing]:
-            passing.pass_on(deadline)
+        # Neighbours take what they get from here in the order of their programs.
+        for received in [*self._owed]:
+            if isinstance(received, _Passing):
+                received.take(deadline)
 
         return self._near.start(buffer, sender=self.rank, receivers=receivers, deadline=deadline)
 
@@ -177,24 +190,39 @@ class _Several:
             move.finish(deadline)
 
 
-class _Passing:
+class _Received:
+    """What comes from a neighbour or from far, and ends here."""
+
+    def __init__(self, communicator: PortedCommunicator, move: Move) -> None:
+        self._communicator = communicator
+        self._move = move
+
+    def take(self, deadline: Deadline) -> None:
+        """Do this actor's part in it."""
+        self._communicator.done(self)
+        self._move.finish(deadline)
+
+    def finish(self, deadline: Deadline) -> None:
+        self.take(deadline)
+
+
+class _Passing(_Received):
     """What comes from far, and is taken on from here by others."""
 
-    def __init__(self, move: Move, offer: Callable[[Deadline], Move]) -> None:
-        self._move = move
+    def __init__(self, communicator: PortedCommunicator, move: Move, offer: Callable[..., Move]) -> None:
+        super().__init__(communicator, move)
         self._offer = offer
         self._offered: Move | None = None
 
-    def pass_on(self, deadline: Deadline) -> Move:
-        """Offer it, once it has come, if that is not done yet."""
+    def take(self, deadline: Deadline) -> None:
         if self._offered is None:
-            self._move.finish(deadline)
-            self._offered = self._offer(deadline)
-
-        return self._offered
+            super().take(deadline)
+            self._offered = self._offer(deadline=deadline)
 
     def finish(self, deadline: Deadline) -> None:
-        self.pass_on(deadline).finish(deadline)
+        self.take(deadline)
+        if self._offered is not None:
+            self._offered.finish(deadline)
 
 
 def connect_ported(

@@ -158,6 +158,21 @@ def test_any_moves_in_one_order_arrive(data: st.DataObject) -> None:
     move_all(owners, moves)
 
 
+@pytest.mark.parametrize(
+    ("owners", "moves"),
+    [
+        # Actor 0 sends nothing through actor 3 before it has what came before, which that has yet to pass on.
+        ((3, 1, 3, 3), [(3, (1, 0)), (3, (1, 0)), (1, (3, 0, 2)), (2, (0,)), (0, (1,))]),
+        # Or before actor 3 has taken what it was sent itself.
+        ((3, 3, 2, 3), [(0, (3,)), (0, (1,)), (0, (1,)), (0, (1, 2, 3))]),
+    ],
+)
+def test_who_waits_for_what_is_to_go_through_has_done_its_part_before(
+    owners: tuple[int, ...], moves: list[tuple[int, tuple[int, ...]]]
+) -> None:
+    move_all(owners, moves)
+
+
 def test_an_actor_that_neither_ends_nor_owns_is_refused() -> None:
     members, _, _ = connected((0, 1, 2, 0, 1))
     for stranger in (2, 3):
