@@ -73,7 +73,7 @@ class FixedShards(tuple[Shard, ...]):
 
     What an actor's hook returns is looked at tensor by tensor in every sync, for one may have moved: with many
     thousands of small ones that is most of what a sync costs its host. A hook that returns the very same object of this
-    class again says that none has moved, been resized or been given another dtype or shape since it did so first:
+    class again says that none has moved, been freed, resized or given another dtype or shape since it did so first:
     engines whose CUDA graphs have recorded the addresses can say so. A few tensors are looked at all the same, and an
     object made anew is looked at as a whole.
 

@@ -16,6 +16,8 @@ __all__ = (
     "allocation_of",
     "clear_words",
     "close_memory",
+    "ensure_current",
+    "identity_of",
     "make_current",
     "open_memory",
     "read_async",
@@ -25,6 +27,7 @@ __all__ = (
 _HANDLE_NBYTES = 64
 _LAZY_PEER_ACCESS = 1
 _STREAM_ORDER = 1
+_BUFFER_ID = 7
 _OPENED: dict[bytes, tuple[int, int]] = {}
 _opening = threading.Lock()
 
@@ -51,6 +54,14 @@ def make_current(index: int) -> None:
     _check(_cuda().cuCtxSetCurrent(_primary_context(index)), "cuCtxSetCurrent")
 
 
+def ensure_current(index: int) -> None:
+    """Make some context current on this thread, that of device ``index`` if it has none: whose it is stays as it is."""
+    current = ctypes.c_void_p()
+    _check(_cuda().cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
+    if not current:
+        make_current(index)
+
+
 class Exporter:
     """
     Turns addresses of this process into handles that other processes of the node can open.
@@ -62,6 +73,11 @@ class Exporter:
         self.handles: list[bytes] = []
         self._starts: list[int] = []
         self._ranges: list[tuple[int, int, int]] = []
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where each allocation met so far starts and ends."""
+        return [(start, stop) for start, stop, _ in self._ranges]
 
     def locate(self, address: int) -> tuple[int, int]:
         """
@@ -88,6 +104,17 @@ class Exporter:
 def allocation_of(address: int) -> int:
     """Return where the allocation starts that holds ``address``; 0 for no address, as an empty tensor has."""
     return _range_of(address)[0] if address else 0
+
+
+def identity_of(address: int) -> int:
+    """
+    Return the number of the allocation that holds ``address``; 0 where there is none.
+
+    No other allocation of the process ever has the same. A context must be current on this thread.
+    """
+    found = ctypes.c_uint64()
+    failed = _cuda().cuPointerGetAttribute(ctypes.byref(found), ctypes.c_int(_BUFFER_ID), ctypes.c_uint64(address))
+    return 0 if failed else found.value
 
 
 def open_memory(handle: bytes) -> int:

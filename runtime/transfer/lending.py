@@ -54,6 +54,7 @@ def export_addresses(program: Program, memory: Memory, board: Board) -> Addresse
 
             steps[step.task] = numbers.tobytes()
 
+    memory.mapped.note(exporter.ranges, index_of(memory.device))
     places = {step.task: place for place, step in enumerate(program.steps)}
     number, offset = exporter.locate(board.page.data_ptr())
     return Addresses(tuple(exporter.handles), steps, (number, offset, board.steps), places)

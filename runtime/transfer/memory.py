@@ -13,6 +13,7 @@ from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, FixedShards, Shard
 from wavecast.runtime.layout.sharing import find_sharing
 from wavecast.runtime.naming import Renames
+from wavecast.runtime.transfer.mapped import Mapped
 from wavecast.runtime.transfer.program import Cut
 from wavecast.runtime.transfer.segments import Strided
 from wavecast.runtime.transfer.snapshot import Snapshot
@@ -31,6 +32,7 @@ class Memory:
     :param shards: as the actor's hook returned them, in order; of fixed ones a few are looked at where others all are
     :ivar sharing: which of them share memory
     :ivar signature: equal ones mean that the layout is what it was
+    :ivar mapped: the allocations that others have mapped
     :raises LayoutError: for views without plain memory of their own, and when they are on several devices
     """
 
@@ -45,6 +47,7 @@ class Memory:
             shard.view if isinstance(shard.view, torch.Tensor) else None for shard in self.shards
         )
         self.signature = self.sharing, _signature(self.shards)
+        self.mapped = Mapped()
         # What was received: a cut may be passed on, and another shard of the same name may not have been written.
         self._written: dict[Cut, torch.Tensor] = {}
         self._held = [shard for shard in self.shards if isinstance(shard.view, torch.Tensor)]
@@ -73,10 +76,13 @@ class Memory:
 
     def holds_still(self, shards: Sequence[Shard]) -> bool:
         """
-        Tell whether ``shards`` are the very objects this was made of, what and where they were: nothing is to be
-        redone.
+        Tell whether ``shards`` are the very objects this was made of, what and where they were, and in the very memory
+        that others have mapped: nothing is to be redone.
         """
-        return self._is_of(shards) and self._watched.is_still()
+        if not (self._is_of(shards) and self._watched.is_still()):
+            return False
+
+        return self._fixed is not None or not self.mapped.changed()
 
     def seems_still(self, shards: Sequence[Shard]) -> bool:
         """
@@ -97,6 +103,16 @@ class Memory:
 
         :param seen: those that need not be looked at again; the others are added
         """
+        return Watch(self, self._snapshot.part(self._chosen(cuts, seen)))
+
+    def watch_lent(self, cuts: Iterable[Cut], seen: set[int]) -> Watch:
+        """Return what tells the same of tensors that others have mapped, and of the allocations they are in."""
+        numbers = self._chosen(cuts, seen)
+        addresses = [self._snapshot.before[number].address for number in numbers if self._fixed is None]
+        return Watch(self, self._snapshot.part(numbers), self.mapped.holding(addresses))
+
+    def _chosen(self, cuts: Iterable[Cut], seen: set[int] | None) -> list[int]:
+        """Return the numbers of the tensors to look at for ``cuts``; of fixed ones a single one."""
         if not self._numbers:
             self._numbers = {id(view): number for number, view in enumerate(self._snapshot.views)}
 
@@ -106,7 +122,7 @@ class Memory:
         if seen is not None:
             seen.update(numbers)
 
-        return Watch(self, self._snapshot.part(numbers if self._fixed is None else numbers[:1]))
+        return numbers if self._fixed is None else numbers[:1]
 
     def require_still(self) -> None:
         """
@@ -130,6 +146,16 @@ class Memory:
                 f"at {before.address:#x}, it is {now.dtype} of shape {tuple(now.shape)} at {now.address:#x}",
                 tensor=name,
             )
+
+        remade = self.mapped.changed() or range(0)
+        for number, before in enumerate(self._snapshot.before):
+            if before.address in remade:
+                name = self._held[number].name
+                raise LayoutError(
+                    f"the memory of {name!r} at {before.address:#x} was freed and allocated anew: "
+                    "others have mapped what it was before",
+                    tensor=name,
+                )
 
     def require_in_place(self) -> None:
         """
@@ -203,11 +229,13 @@ class Watch:
     Some of a memory's tensors as they were when that was made.
 
     :param snapshot: of the tensors
+    :param mapped: the allocations they are in, where others have mapped those
     """
 
-    def __init__(self, memory: Memory, snapshot: Snapshot) -> None:
+    def __init__(self, memory: Memory, snapshot: Snapshot, mapped: Sequence[int] = ()) -> None:
         self._memory = memory
         self._snapshot = snapshot
+        self._mapped = mapped
 
     def require_still(self) -> None:
         """
@@ -215,7 +243,7 @@ class Watch:
 
         :raises LayoutError: naming one that is not
         """
-        if not self._snapshot.is_still():
+        if not self._snapshot.is_still() or self._memory.mapped.changed(self._mapped):
             self._memory.refuse_changed()
 
     def require_in_place(self) -> None:

@@ -78,7 +78,7 @@ def lend(place: int, cuts: Sequence[Cut], memory: Memory, seen: set[int]) -> Ite
         lent.append(cut)
         used += cut.nbytes
         if used >= room or cut is cuts[-1]:
-            yield Lent(place, wire + cut.nbytes, memory.watch(lent, seen))
+            yield Lent(place, wire + cut.nbytes, memory.watch_lent(lent, seen))
             room *= _GROWTH
             lent, used = [], 0
 

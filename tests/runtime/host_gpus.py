@@ -34,6 +34,7 @@ from wavecast.runtime.transfer import (
     fused,
     holding,
     lending,
+    mapped,
     pull,
     run,
     runs,
@@ -187,6 +188,7 @@ class Machine:
 
     :ivar changed: guards all that is queued
     :ivar opened: how often each handle is open now, by the device that opened it
+    :ivar remade: how often each page was freed and allocated anew
     :ivar refused: devices that can map nothing
     :ivar reads: address and bytes of each copy that was made
     :ivar on_copy: called after a copy, on the stream, with the address that was written
@@ -200,6 +202,7 @@ class Machine:
         self.streams: list[Stream] = []
         self.gpus: list[Gpu] = []
         self.opened: Counter[tuple[int, bytes]] = Counter()
+        self.remade: Counter[int] = Counter()
         self.refused: set[int] = set()
         self.reads: list[tuple[int, int]] = []
         self.on_copy: Callable[[int], object] = lambda address: None
@@ -272,6 +275,22 @@ class Machine:
             self.opened[self._here.index, handle] += 1
 
         return _first_address(handle)
+
+    def identity_of(self, address: int) -> int:
+        return 1 + self.remade[address >> 16]
+
+    def remake(self, tensor: torch.Tensor) -> None:
+        """Free ``tensor`` and allocate it anew at the same address: what others have mapped is the old memory."""
+        first, last = tensor.data_ptr() >> 16, (tensor.data_ptr() + tensor.nbytes - 1) >> 16
+        self.remade.update(range(first, last + 1))
+
+    def stale(self) -> list[int]:
+        """The pages that are mapped by what they were before."""
+        return [
+            _first_address(handle)
+            for (_, handle), count in self.opened.items()
+            if count and int.from_bytes(handle[-8:], "little") != self.identity_of(_first_address(handle))
+        ]
 
     def close_memory(self, handle: bytes) -> None:
         with self.changed:
@@ -375,7 +394,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
         """Each actor lends pages of its own: here two actors' tensors may lie in one."""
 
         def handle_of(self, page: int) -> bytes:
-            return super().handle_of(page) + machine.here().to_bytes(8, "little")
+            owner, made = machine.here(), machine.identity_of(page << 16)
+            return super().handle_of(page) + owner.to_bytes(8, "little") + made.to_bytes(8, "little")
 
     lay_down = tables._table
     monkeypatch.setattr(tables, "_table", lambda segments, unit, tile, device: lay_down(segments, unit, tile, CPU))
@@ -385,6 +405,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     monkeypatch.setattr(fused, "read_async", machine.fetch)
     monkeypatch.setattr(lending, "Exporter", Owned)
     monkeypatch.setattr(lending, "make_current", machine.make_current)
+    monkeypatch.setattr(mapped, "identity_of", machine.identity_of)
+    monkeypatch.setattr(mapped, "ensure_current", lambda index: None)
     monkeypatch.setattr(arrivals, "allocation_of", allocation_of)
     for name in ("make_current", "open_memory", "close_memory"):
         monkeypatch.setattr(pull, name, getattr(machine, name))

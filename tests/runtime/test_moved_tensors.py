@@ -11,9 +11,17 @@ from ray.exceptions import PendingCallsLimitExceeded
 from tests.runtime.host_gpus import GpuActor, GpuStage, Kept, Machine, bits, move
 from tests.runtime.local_actors import LocalActor, holder, local
 from tests.runtime.test_ahead import group_of, machine, warm
-from wavecast.runtime import ActorFailed, FixedShards, ParameterSyncGroup, Shard, Torn, TransportUnavailable
+from wavecast.runtime import (
+    ActorFailed,
+    FixedShards,
+    LayoutError,
+    ParameterSyncGroup,
+    Shard,
+    Torn,
+    TransportUnavailable,
+)
 from wavecast.runtime.transfer import holding, lending
-from wavecast.runtime.transfer.messages import Begin, decode
+from wavecast.runtime.transfer.messages import Begin, RunStep, decode
 from wavecast.runtime.transfer.run import Run
 
 __all__ = ("local", "machine")
@@ -91,6 +99,48 @@ async def test_what_is_somebody_elses_by_now_is_not_written_to(machine: Machine,
         await group.sync()
         assert set(bits(old).flatten().tolist()) == {POISON}
         assert (moved == 7.0).all()
+
+
+@pytest.mark.parametrize("kind", [Kept, Many, Mixed])
+@pytest.mark.parametrize("only", [None, "trainable"])
+async def test_memory_that_is_freed_and_allocated_anew_where_it_was_is_mapped_anew(
+    machine: Machine, kind: type[Kept], only: str | None
+) -> None:
+    """As tensors look that were offloaded and reloaded: the allocator gives them the same addresses again."""
+    stage = GpuStage(machine, kind=kind)
+    if kind is Mixed:
+        for trainer in stage.trainers:
+            held(trainer, Mixed).dtype, held(trainer, Mixed).kept = torch.float32, None  # type: ignore[attr-defined]
+
+    async with group_of(stage) as group:
+        await sync_twice(stage, group)
+        for number in range(3):
+            machine.remake(holder(stage.trainers[number % 2]).matrix)
+            assert machine.stale()
+            stage.renew(300 + number)
+            await group.sync(only=only)  # type: ignore[arg-type]
+            assert stage.arrived()
+            assert machine.stale() == []
+            stage.take()
+
+        await sync_twice(stage, group)
+
+
+async def test_memory_that_is_made_anew_while_it_is_pulled_is_noticed(machine: Machine) -> None:
+    stage = GpuStage(machine)
+    async with group_of(stage, transport="ipc") as group:
+        await sync_twice(stage, group)
+
+        def remake(request: object) -> None:
+            if isinstance(request, RunStep):
+                machine.remake(holder(stage.trainers[0]).matrix)
+
+        stage.trainers[0].on_request = remake
+        stage.renew(300)
+        with pytest.raises(LayoutError, match=r"'matrix' at 0x[0-9a-f]+ was freed and allocated anew") as caught:
+            await group.sync(only="trainable")
+
+        assert caught.value.actors == (0,)
 
 
 async def test_a_trainers_tensor_that_moves_while_it_is_pulled_beside_what_is_staged_is_noticed(

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from wavecast.runtime.transfer import arrivals, board, fused, lending, pull, tables
+from wavecast.runtime.transfer import arrivals, board, fused, lending, mapped, pull, tables
 from wavecast.runtime.transfer.tables import Table
 
 #: Small, so that small tensors take several tiles.
@@ -161,6 +161,11 @@ class Exporter:
 
         return self.handles.index(handle), address & 0xFFFF
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        starts = [int.from_bytes(handle[:8], "little") << 16 for handle in self.handles]
+        return [(start, start + 0x10000) for start in starts]
+
     def handle_of(self, page: int) -> bytes:
         return page.to_bytes(8, "little")
 
@@ -285,6 +290,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Devi
     for name in ("CopyBatch", "allocation_of"):
         monkeypatch.setattr(arrivals, name, globals()[name])
 
+    monkeypatch.setattr(mapped, "identity_of", lambda address: 1)
+    monkeypatch.setattr(mapped, "ensure_current", lambda index: None)
     for name in ("open_memory", "close_memory"):
         monkeypatch.setattr(pull, name, globals()[name])
 
