@@ -17,6 +17,8 @@ __all__ = ("Ability", "Carriers", "PullRule", "choose_carriers", "part_routes")
 #: A broadcast over NCCL brings each receiver 360 GB/s, a pull 390.
 _BROADCAST_LOSS = 1.08
 
+_NO_KERNELS = "Triton is missing on some actors: tensors are copied one by one"
+
 _Dims = tuple[int, ...]
 
 
@@ -93,8 +95,8 @@ def choose_carriers(
         if shared:
             raise TransportUnavailable("NCCL needs a GPU for each actor, these share one", actors=shared)
 
-        unused, _ = _find_pulls(abilities, frozenset(refused)) if kernels else (frozenset(), ())
-        return Carriers("nccl", kernels=kernels, unused=unused)
+        unused, reasons = _find_pulls(abilities, frozenset(refused)) if kernels else (frozenset(), (_NO_KERNELS,))
+        return Carriers("nccl", kernels=kernels, reasons=reasons, unused=unused)
 
     pulls, reasons = _find_pulls(abilities, frozenset(refused)) if not without and kernels else (frozenset(), ())
     one_node = len({place.node for place in places}) == 1
@@ -114,7 +116,9 @@ def choose_carriers(
         return Carriers("gloo", reasons=() if len(without) == len(places) else ("some shards are in host memory",))
 
     if not kernels:
-        reasons = ("Triton is missing on some actors: tensors are copied one by one",)
+        reasons = (_NO_KERNELS,)
+    elif not one_node:
+        reasons = (*reasons, "the actors are on several nodes: no GPU's memory can be read from another node")
 
     if not shared:
         return Carriers("nccl", pulls, kernels, reasons)
@@ -148,6 +152,20 @@ class PullRule:
             and (route.sender, route.receivers[0]) in self._pulls
             and self._as_is[route.sender].get(route.tensor) == route.dtype
         )
+
+    def reasons(self, routes: Sequence[Route]) -> tuple[str, ...]:
+        """Return why some of ``routes`` are not pulled although their receivers may read the sender's memory."""
+        several: set[str] = set()
+        altered: set[str] = set()
+        for route in routes:
+            if self._pulls.issuperset((route.sender, receiver) for receiver in route.receivers) and not self(route):
+                (several if len(route.receivers) > 1 else altered).add(route.tensor)
+
+        found = (
+            f"tensors that go to several receivers at once: {len(several)}" if several else "",
+            f"tensors that are cast or worked out as they are sent: {len(altered)}" if altered else "",
+        )
+        return tuple(filter(None, found))
 
 
 def part_routes(plan: ReshardPlan, layouts: Sequence[Layout], carriers: Carriers) -> ReshardPlan:

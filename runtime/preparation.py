@@ -116,12 +116,14 @@ def prepare(
     resharded = time.perf_counter()
     if options.relays:
         # An engine sends on what it packs from where it was unpacked: a relay's hops are moved, not pulled.
-        carriers = replace(carriers, pulls=frozenset())
+        relayed = ("relays send on what they have unpacked",) if carriers.pulls else ()
+        carriers = replace(carriers, pulls=frozenset(), reasons=(*carriers.reasons, *relayed))
 
     layouts = (*sources, *destinations)
     places = [layout.place for layout in layouts]
     plan = part_routes(plan, layouts, carriers)
     pulled = PullRule(layouts, carriers)
+    carriers = replace(carriers, reasons=(*carriers.reasons, *pulled.reasons(plan.routes)))
     schedule = make_timetable(
         plan,
         chunk_bytes=options.chunk_bytes,

@@ -693,6 +693,33 @@ async def test_a_mapping_that_is_refused_later_is_planned_around_in_the_same_cal
         assert (report.planned, report.connected) == (True, True)
 
 
+@pytest.mark.parametrize("later", [False, True])
+async def test_nccl_alone_does_without_boards_that_cannot_be_mapped(machine: Machine, later: bool) -> None:
+    """Nothing is pulled, so nothing is lost but the head start that boards give; it is said once and for all."""
+    stage = GpuStage(machine)
+    everyone = set(range(len(stage.actors)))
+    async with group_of(stage, transport="nccl") as group:
+        if later:
+            await group.sync()
+            machine.refused |= everyone
+            # What is mapped stays so until something has failed.
+            corrupt(machine, stage.replicas[0][0])
+            with pytest.raises(ChecksumMismatch):
+                await group.sync()
+
+        machine.refused |= everyone
+        for number in range(3):
+            stage.renew(number)
+            stage.take()
+            report = await group.sync()
+            assert stage.arrived()
+            assert report.transport == "nccl"
+            # As soon as one is missing the others are of no use.
+            assert any("cannot read the memory of actor" in reason for reason in report.transport_reasons)
+            assert report.planned is (number == 0)
+            assert not stage.ran_ahead()
+
+
 # What the tests look for.
 
 

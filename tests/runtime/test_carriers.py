@@ -28,6 +28,7 @@ ONE_NODE = [gpu(0), gpu(1), gpu(2)]
 TWO_NODES = [gpu(0), gpu(1), gpu(0, "n1")]
 SHARED_GPU = [gpu(0), gpu(1), gpu(1)]
 ALL = frozenset(permutations(range(3), 2))
+NODES = ("the actors are on several nodes: no GPU's memory can be read from another node",)
 NO_TRITON = ("Triton is missing on some actors: tensors are copied one by one",)
 
 
@@ -35,7 +36,7 @@ NO_TRITON = ("Triton is missing on some actors: tensors are copied one by one",)
     ("wanted", "abilities", "chosen"),
     [
         ("auto", ONE_NODE, Carriers("nccl", ALL, True)),
-        ("auto", TWO_NODES, Carriers("nccl", frozenset({(0, 1), (1, 0)}), True)),
+        ("auto", TWO_NODES, Carriers("nccl", frozenset({(0, 1), (1, 0)}), True, NODES)),
         ("auto", SHARED_GPU, Carriers("ipc", ALL, True)),
         ("auto", [CPU, CPU], Carriers("gloo")),
         ("auto", [gpu(0), CPU], Carriers("gloo", reasons=("some shards are in host memory",))),
@@ -57,7 +58,7 @@ NO_TRITON = ("Triton is missing on some actors: tensors are copied one by one",)
                 "nccl",
                 frozenset({(0, 2), (2, 0)}),
                 True,
-                ("actors 0 and 2 share a GPU: NCCL serves 2 through 0",),
+                (*NODES, "actors 0 and 2 share a GPU: NCCL serves 2 through 0"),
                 owners=(0, 1, 0),
             ),
         ),
@@ -68,6 +69,7 @@ NO_TRITON = ("Triton is missing on some actors: tensors are copied one by one",)
                 "gloo",
                 reasons=(
                     "the memory of actor 1 cannot be shared: no",
+                    *NODES,
                     "actors 0 and 1 share a GPU, which NCCL refuses",
                 ),
             ),
@@ -92,7 +94,7 @@ NO_TRITON = ("Triton is missing on some actors: tensors are copied one by one",)
         ("gloo", [CPU, gpu(0)], Carriers("gloo")),
         ("nccl", ONE_NODE, Carriers("nccl", kernels=True, unused=ALL)),
         ("nccl", TWO_NODES, Carriers("nccl", kernels=True, unused=frozenset({(0, 1), (1, 0)}))),
-        ("nccl", [gpu(0), gpu(1, kernels=False)], Carriers("nccl")),
+        ("nccl", [gpu(0), gpu(1, kernels=False)], Carriers("nccl", reasons=NO_TRITON)),
         ("ipc", ONE_NODE, Carriers("ipc", ALL, True)),
         ("ipc", SHARED_GPU, Carriers("ipc", ALL, True)),
     ],
@@ -126,6 +128,8 @@ def test_a_refused_pair_is_served_another_way_and_said() -> None:
     chosen = choose_carriers("auto", ONE_NODE, refused=[(0, 2)])
     assert chosen == Carriers("nccl", ALL - {(0, 2)}, True, (reason,))
     # NCCL cannot help two that share a GPU.
+    chosen = choose_carriers("nccl", ONE_NODE, refused=[(0, 2)])
+    assert chosen == Carriers("nccl", kernels=True, reasons=(reason,), unused=ALL - {(0, 2)})
     chosen = choose_carriers("auto", SHARED_GPU, refused=[(0, 2)])
     through = "actors 1 and 2 share a GPU: NCCL serves 2 through 1"
     assert chosen == Carriers("nccl", ALL - {(0, 2)}, True, (reason, through), owners=(0, 1, 1))
@@ -197,6 +201,26 @@ def test_a_route_of_one_neighbour_that_takes_the_bytes_as_they_are_is_pulled() -
     assert not rule(a_route(0, 1, dtype="bfloat16"))
     assert not rule(a_route(0, 1, tensor="unknown"))
     assert not PullRule(layouts, Carriers("nccl", kernels=True))(a_route(0, 1))
+
+
+def test_it_is_said_what_is_not_pulled_where_the_memory_could_be_read() -> None:
+    layouts = [*side(1, "w", "v", "u"), *side(1, "w", "v", "u"), *side(1, "w")]
+    rule = PullRule(layouts, Carriers("nccl", frozenset({(0, 1), (0, 2), (2, 1)}), True))
+    routes = [
+        a_route(0, 1),
+        a_route(0, 1, dtype="bfloat16"),
+        a_route(0, 1, tensor="v", dtype="bfloat16"),
+        a_route(0, 1, 2, tensor="u"),
+        # Not to be read in any case.
+        a_route(1, 2, tensor="u", dtype="bfloat16"),
+        a_route(1, 0, 2),
+    ]
+    several = "tensors that go to several receivers at once: 1"
+    altered = "tensors that are cast or worked out as they are sent: 2"
+    assert rule.reasons(routes) == (several, altered)
+    assert rule.reasons(routes[:1]) == ()
+    assert rule.reasons(routes[1:2]) == ("tensors that are cast or worked out as they are sent: 1",)
+    assert PullRule(layouts, Carriers("gloo")).reasons(routes) == ()
 
 
 def test_what_is_computed_or_held_in_two_dtypes_is_not_pulled() -> None:

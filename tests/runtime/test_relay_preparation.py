@@ -91,4 +91,5 @@ def test_a_relays_hops_are_never_pulled() -> None:
     )
     assert moved.pulls == ()
     assert sorted(moved.edges) == [(0, 1), (1, 2), (2, 3)]
+    assert moved.carriers.reasons == ("relays send on what they have unpacked",)
     assert pulled.digest != moved.digest
