@@ -81,7 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     unknown = [name for name in options.cases if name not in CASES]
     if unknown:
-        parser.error(f"unknown case {unknown[0]!r}")
+        parser.error(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
+
+    if options.repeat < 1:
+        parser.error(f"--repeat is {options.repeat}: it must be 1 or more")
 
     if options.here:
         print(json.dumps(measure(CASES[options.cases[0]])))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from common import environment
 from schedule_plots import plot
-from schedule_tables import tables, write_docs
+from schedule_tables import around_tables, tables, write_docs
 from schedule_workloads import BASELINES, FAMILIES, WORKLOADS, Workload, random_plan
 
 from wavecast.scheduler import STRATEGIES, LinkCost, Schedule, Task, plan_divisible, plan_waves, simulate, verify
@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = json.loads(options.earlier.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             parser.error(f"--from: {options.earlier} holds no earlier figures: {error}")
+
+        if not (isinstance(report, dict) and "environment" in report and any(part in report for part in PARTS)):
+            parser.error(f"--from: {options.earlier} holds no earlier figures: no part of {', '.join(PARTS)}")
     else:
         report = {
             "environment": environment(),
@@ -98,6 +101,12 @@ def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
     if options.docs and not options.docs.is_file():
         parser.error(f"--docs: there is no file {options.docs}")
+
+    if options.docs:
+        try:
+            around_tables(options.docs)
+        except (OSError, ValueError) as error:
+            parser.error(f"--docs: cannot rewrite {options.docs}: {error}")
 
     if options.plot:
         try:

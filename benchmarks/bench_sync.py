@@ -15,16 +15,16 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import anyio
 import torch
 from ceilings import CeilingBook, Row
-from common import environment, named_option
+from common import count, environment, named_option, results_file, seconds, write_results
 from sync_baselines import BASELINES, run_baselines
 from sync_cases import CASES, SUITES, Case, ad_hoc, find_cases
 from sync_measure import case_facts, run_case
 from sync_table import as_lines, one_line
+from sync_traffic import plan_case
 
 from wavecast.runtime.cluster import cluster
 from wavecast.runtime.errors import ConfigError, WavecastError
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = torch.cuda.device_count()
     try:
         cases = [case.with_options(dict(args.set)) for case in _cases(args, gpus)]
+        for case in cases:
+            case.sync_options()  # refuses before anything is started
+
         runs = any(case.reason_to_skip(gpus) is None for case in cases)
         with cluster(None) if runs else contextlib.nullcontext():
             report = anyio.run(_run, args, cases, gpus, backend="asyncio")
@@ -107,12 +110,7 @@ def _keeper(report: dict[str, object], where: str | None) -> Callable[[str], Non
     def keep(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
         if where is not None and where != _STDOUT:
-            # Put in its place at once: whoever ends this run finds the last whole file.
-            path = Path(where)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f"{path.name}.part")
-            beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            beside.replace(path)
+            write_results(where, report)
 
     return keep
 
@@ -130,20 +128,20 @@ def _cases(args: argparse.Namespace, gpus: int) -> tuple[Case, ...]:
         ("checksum", not args.no_checksum),
         ("in_flight", args.in_flight),
     )
-    return (
-        ad_hoc(
-            preset=args.preset,
-            layers=args.layers,
-            src=args.src,
-            dst=args.dst,
-            replicas=args.replicas,
-            dtype=args.dtype,
-            transport=args.transport,
-            budget_bytes=args.budget_bytes,
-            gpus=gpus,
-            options=options,
-        ),
+    case = ad_hoc(
+        preset=args.preset,
+        layers=args.layers,
+        src=args.src,
+        dst=args.dst,
+        replicas=args.replicas,
+        dtype=args.dtype,
+        transport=args.transport,
+        budget_bytes=args.budget_bytes,
+        gpus=gpus,
+        options=options,
     )
+    plan_case(case)  # refuses a model, a side or a dtype that cannot be; the others' are known to be sound
+    return (case,)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,13 +157,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="an option, in JSON",
     )
-    parser.add_argument("--repeat", type=_positive, default=10, help="warm syncs; one more comes before them")
+    parser.add_argument("--repeat", type=count, default=10, help="warm syncs; one more comes before them")
     parser.add_argument("--baselines", action="store_true", help="run other ways over the same bytes beside each case")
     parser.add_argument("--baseline", action="append", choices=tuple(BASELINES), help="only these; may be repeated")
-    parser.add_argument("--case-seconds", type=float, default=240.0, help="for all syncs of a case")
-    parser.add_argument("--ceiling-seconds", type=float, default=90.0, help="for the ceilings of a pattern")
-    parser.add_argument("--baseline-seconds", type=float, default=120.0, help="for the baselines of a case")
-    parser.add_argument("--json", nargs="?", const=_STDOUT, metavar="FILE", help="write the results; - is stdout")
+    parser.add_argument("--case-seconds", type=seconds, default=240.0, help="for all syncs of a case")
+    parser.add_argument("--ceiling-seconds", type=seconds, default=90.0, help="for the ceilings of a pattern")
+    parser.add_argument("--baseline-seconds", type=seconds, default=120.0, help="for the baselines of a case")
+    parser.add_argument(
+        "--json", nargs="?", type=_results, const=_STDOUT, metavar="FILE", help="write the results; - is stdout"
+    )
 
     own = parser.add_argument_group("a case of your own, where neither --suite nor --case is given")
     own.add_argument("--preset", default=DEFAULT_PRESET)
@@ -182,12 +182,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-
-    return value
+def _results(text: str) -> str:
+    return text if text == _STDOUT else results_file(text)
 
 
 if __name__ == "__main__":

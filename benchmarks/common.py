@@ -1,9 +1,10 @@
-"""What every benchmark writes down beside its figures."""
+"""What every benchmark writes down beside its figures, and how it reads its options."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-__all__ = ("environment", "named_option", "quantile")
+__all__ = ("count", "environment", "named_option", "quantile", "results_file", "seconds", "write_results")
 
 _PACKAGES = ("wavecast", "torch", "ray", "anyio")
+#: About a year: what is much longer no transport can be told.
+_MOST_SECONDS = 3e7
 
 
 def environment() -> dict[str, object]:
@@ -50,8 +53,79 @@ def named_option(text: str) -> tuple[str, object]:
 
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
+        # Not JSONDecodeError alone: of digits without end int() says ValueError.
         return name, value
+
+
+def count(text: str) -> int:
+    """Read how many times something is done: once at least."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+
+    return value
+
+
+def seconds(text: str) -> float:
+    """Read a limit of time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+
+    if not 0 < value <= _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds, {_MOST_SECONDS:.0f} at most")
+
+    return value
+
+
+def results_file(text: str) -> str:
+    """Read where results go: refused before anything is measured when they cannot be written there."""
+    path = Path(text)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+        if _is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = _beside(path)
+            beside.touch()
+            beside.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {text!r}: {error.strerror}") from None
+
+    return text
+
+
+def write_results(where: str, report: object) -> None:
+    """Put a report into a file at once: whoever ends this run, or reads meanwhile, finds a whole one."""
+    path = Path(where)
+    text = json.dumps(report, indent=1) + "\n"
+    if _is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _is_special(path: Path) -> bool:
+    """Tell whether ``path`` is a pipe or a device, which is written to and never replaced."""
+    return path.exists() and not path.is_file()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
 
 
 def _version(name: str) -> str | None:

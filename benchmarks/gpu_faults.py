@@ -1,8 +1,8 @@
 """
 Processes killed and stopped in the middle of a transfer, on two GPUs: the error, the versions, and memory given back.
 
-    timeout 180 python benchmarks/gpu_faults.py                         # NCCL, then CUDA IPC: a line of JSON a cell
-    python benchmarks/gpu_faults.py --device cpu --transports gloo      # the same on any machine
+    timeout 180 python benchmarks/gpu_faults.py      # NCCL, then CUDA IPC: a line of JSON a cell
+    python benchmarks/gpu_faults.py --device cpu     # the same on any machine, over gloo
 
 One trainer and one engine, a GPU each. The process that is struck strikes itself while the second step of its program
 is on its way, from a thread of its own that starts as the bytes set out: SIGKILL, or SIGSTOP until the sync has ended.
@@ -33,6 +33,8 @@ import torch
 from wavecast.runtime import Layout, MeshSpec, ModelGroup, ParameterSyncGroup, SyncError, SyncOptions
 from wavecast.runtime.cluster import ActorHandle, call_all, cluster, start_actor
 from wavecast.runtime.demo import DemoActor, Weights
+from wavecast.runtime.demo_memory import SeparateMemory
+from wavecast.runtime.errors import ConfigError
 from wavecast.runtime.layout.hf import layouts
 from wavecast.runtime.presets import preset
 from wavecast.runtime.report import Torn
@@ -262,10 +264,8 @@ def _read(witness: Path) -> bool | None:
     return cast("bool | None", json.loads(witness.read_text())) if witness.exists() else False
 
 
-async def run(transports: Sequence[str], device: str, model: str) -> bool:
+async def run(transports: Sequence[str], device: str, layout: Layout) -> bool:
     """Strike in every case, over each of ``transports``; print a line for each, and return whether all were good."""
-    config = preset(model)
-    (layout,) = layouts(config if device == "cuda" else config.with_layers(2), MeshSpec.parse("tp=1"))
     stand = Stand(layout, device, SyncOptions())
     good = True
     for transport in transports:
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what ``argv`` (else the command line) asks for; return 0 if every process's end was a good one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--transports", nargs="+", default=["nccl", "ipc"], choices=("nccl", "ipc", "gloo"))
+    parser.add_argument("--transports", nargs="+", choices=("nccl", "ipc", "gloo"), help="gloo on CPUs, else nccl ipc")
     parser.add_argument("--model", default="", help="qwen2.5-7b on GPUs, else two layers of qwen2.5-0.5b")
     options = parser.parse_args(argv)
     here = torch.cuda.device_count()
@@ -297,9 +297,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpu_faults: needs 2 GPUs, {here} are here; --device cpu needs none", file=sys.stderr)
         return 2
 
-    model = options.model or ("qwen2.5-7b" if options.device == "cuda" else "qwen2.5-0.5b")
+    transports = options.transports or (["nccl", "ipc"] if options.device == "cuda" else ["gloo"])
+    if options.device == "cpu" and transports != ["gloo"]:
+        print(f"gpu_faults: --device cpu goes over gloo alone, not {' '.join(transports)}", file=sys.stderr)
+        return 2
+
+    try:
+        layout = _layout(options.model, options.device)
+    except ConfigError as error:
+        print(f"gpu_faults: {error}", file=sys.stderr)
+        return 2
+
     with cluster(None):
-        return 0 if asyncio.run(run(options.transports, options.device, model)) else 1
+        return 0 if asyncio.run(run(transports, options.device, layout)) else 1
+
+
+def _layout(model: str, device: str) -> Layout:
+    """
+    Return the whole of the model named, or of the default one for ``device``.
+
+    :raises ConfigError: for an unknown model, and one that is no two steps long
+    """
+    on_gpu = device == "cuda"
+    name = model or ("qwen2.5-7b" if on_gpu else "qwen2.5-0.5b")
+    config = preset(name)
+    (layout,) = layouts(config if on_gpu else config.with_layers(2), MeshSpec.parse("tp=1"))
+    nbytes, step = SeparateMemory(layout).nbytes, _CHUNK_BYTES[device]
+    if nbytes <= step:
+        raise ConfigError(f"model {name!r} has {nbytes} bytes here: the strike needs a second step, after {step} bytes")
+
+    return layout
 
 
 if __name__ == "__main__":

@@ -114,13 +114,17 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
     :raises ValueError: when the file has no markers
     """
-    text = path.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(_BEGIN)
+    head, tail = _around(path)
+    path.write_text(f"{head}{_BEGIN}\n\n{_summary(rows)}\n\n{table(rows)}\n\n{_END}{tail}", encoding="utf-8")
+
+
+def _around(path: Path) -> tuple[str, str]:
+    head, begin, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
     _, end, tail = rest.partition(_END)
     if not (begin and end):
         raise ValueError(f"{path} lacks the markers {_BEGIN} and {_END}")
 
-    path.write_text(f"{head}{_BEGIN}\n\n{_summary(rows)}\n\n{table(rows)}\n\n{_END}{tail}", encoding="utf-8")
+    return head, tail
 
 
 def _summary(rows: Sequence[Row]) -> str:
@@ -196,7 +200,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.only and options.write:
         parser.error("--write takes the whole zoo, --only a part of it")
 
-    rows = [run(case) for case in CASES if options.only in case.name]
+    chosen = [case for case in CASES if options.only in case.name]
+    if not chosen:
+        parser.error(f"--only: no case has {options.only!r} in its name")
+
+    if options.write:
+        try:
+            _around(options.write)
+        except (OSError, ValueError) as error:
+            parser.error(f"--write: cannot rewrite {options.write}: {error}")
+
+    rows = [run(case) for case in chosen]
     if options.write:
         write(rows, options.write)
 

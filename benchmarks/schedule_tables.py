@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ("tables", "write_docs")
+__all__ = ("around_tables", "tables", "write_docs")
 
 _BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -30,13 +30,22 @@ def write_docs(report: Mapping[str, object], path: Path) -> None:
 
     :raises ValueError: when the file has no markers
     """
-    text = path.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(_BEGIN)
+    head, tail = around_tables(path)
+    path.write_text(f"{head}{_BEGIN}\n\n{_where(report)}\n\n{tables(report)}\n\n{_END}{tail}", encoding="utf-8")
+
+
+def around_tables(path: Path) -> tuple[str, str]:
+    """
+    Return what a Markdown file has before and behind its tables.
+
+    :raises ValueError: when the file has no markers
+    """
+    head, begin, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
     _, end, tail = rest.partition(_END)
     if not (begin and end):
         raise ValueError(f"{path} lacks the markers {_BEGIN} and {_END}")
 
-    path.write_text(f"{head}{_BEGIN}\n\n{_where(report)}\n\n{tables(report)}\n\n{_END}{tail}", encoding="utf-8")
+    return head, tail
 
 
 def _where(report: Mapping[str, object]) -> str:

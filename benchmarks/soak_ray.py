@@ -207,6 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
+    if options.syncs < 1:
+        parser.error(f"--syncs is {options.syncs}: it must be 1 or more")
+
     logging.disable(logging.CRITICAL)
     # Ray tells of the dead on standard output.
     with contextlib.redirect_stdout(sys.stderr):

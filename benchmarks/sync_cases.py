@@ -30,6 +30,11 @@ __all__ = ("CASES", "SUITES", "Bar", "Case", "ad_hoc", "engine_memories", "find_
 MIB = 1 << 20
 GIB = 1 << 30
 
+#: Sides that are no mesh.
+_KINDS = ("fsdp2", "flat", "vllm")
+#: Actors of a case, and ranges of a flat model: all of them are on one machine.
+_MOST = 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
@@ -124,14 +129,19 @@ class Case:
         """
         Return the group's options.
 
-        :raises ConfigError: for a name or a value that this version does not know
+        :raises ConfigError: for a name or a value that this version does not know, or a transport that cannot serve
+            where the tensors are
         """
         known = {field.name for field in fields(SyncOptions)}
         for name, value in self.options:
             if name not in known:
                 raise ConfigError(f"the group has no option {name!r}, given as {value!r}")
 
-        return SyncOptions(transport=self.transport, budget_bytes=self.budget_bytes, **dict(self.options))  # type: ignore[arg-type]
+        options = SyncOptions(transport=self.transport, budget_bytes=self.budget_bytes, **dict(self.options))  # type: ignore[arg-type]
+        if self.on_cpu and options.transport in ("nccl", "ipc"):
+            raise ConfigError(f"transport {options.transport!r} moves GPU memory, case {self.name!r} is in host memory")
+
+        return options
 
 
 def trainer_memories(case: Case) -> tuple[DemoMemory, ...]:
@@ -152,24 +162,41 @@ def memories(config: ModelConfig, side: str, *, actors: int, dtype: str) -> tupl
     :param side: see the top of this module
     :raises ConfigError: when the side does not have so many ranks
     """
-    kind, _, size = side.partition("=")
+    kind, size = _kind(side)
     if kind == "fsdp2":
-        _require_actors(side, int(size), actors)
-        return tuple(SeparateMemory(_first_dim(config, int(size), rank, dtype)) for rank in range(actors))
+        _require_actors(side, size, actors)
+        return tuple(SeparateMemory(_first_dim(config, size, rank, dtype)) for rank in range(actors))
 
     if kind == "vllm":
-        _require_actors(side, int(size), actors)
-        return tuple(EngineMemory(config, EngineRank(tp_rank=rank, tp_size=int(size)), dtype) for rank in range(actors))
+        _require_actors(side, size, actors)
+        return tuple(EngineMemory(config, EngineRank(tp_rank=rank, tp_size=size), dtype) for rank in range(actors))
 
     if kind == "flat":
         tensors = tuple((tensor.name, tensor.shape) for tensor in logical_tensors(config))
-        ranges = _flat_ranges(sum(tensor.numel for tensor in logical_tensors(config)), int(size))
+        ranges = _flat_ranges(sum(tensor.numel for tensor in logical_tensors(config)), size)
         each = [ranges[slice(*split_even(len(ranges), actors, rank))] for rank in range(actors)]
         return tuple(FlatMemory(tensors, mine, dtype) for mine in each)
 
     held = layouts(config, MeshSpec.parse(side), dtype=dtype)
     _require_actors(side, len(held), actors)
     return tuple(SeparateMemory(layout) for layout in held)
+
+
+def _kind(side: str) -> tuple[str, int]:
+    """
+    Return the kind of a side and its size: ``"mesh"`` and how many actors that has, where it is none of :data:`_KINDS`.
+
+    :raises ConfigError: naming the side and its value
+    """
+    kind, _, text = (part.strip() for part in side.partition("="))
+    if kind not in _KINDS:
+        return "mesh", MeshSpec.parse(side).world_size
+
+    size = int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(_MOST)) else 0
+    if not 1 <= size <= _MOST:
+        raise ConfigError(f"side {side!r}: {kind}={text!r} is not a whole number from 1 to {_MOST}")
+
+    return kind, size
 
 
 def _require_actors(side: str, ranks: int, actors: int) -> None:
@@ -214,13 +241,16 @@ def ad_hoc(
     Return a case from the command's own words, its actors on the GPUs in order, several on one where they must.
 
     :param gpus: how many there are; 0 keeps the tensors in host memory
-    :raises ConfigError: for a mesh that cannot be, or less than one replica
+    :raises ConfigError: for a side that cannot be, less than one replica, or more actors than a machine may have
     """
     if replicas < 1:
         raise ConfigError(f"replicas is {replicas}, it must be at least 1")
 
     trainers, ranks = _ranks(src), _ranks(dst)
     total = trainers + replicas * ranks
+    if total > _MOST:
+        raise ConfigError(f"{src} to {dst} x {replicas} takes {total} actors, it may take at most {_MOST}")
+
     each = -(-total // gpus) if gpus else 1
     places = [actor // each for actor in range(total)]
     return Case(
@@ -244,11 +274,8 @@ def ad_hoc(
 
 def _ranks(side: str) -> int:
     """Return how many actors a side has when nobody says."""
-    kind, _, size = side.partition("=")
-    if kind in ("fsdp2", "vllm"):
-        return int(size)
-
-    return 1 if kind == "flat" else MeshSpec.parse(side).world_size
+    kind, size = _kind(side)
+    return 1 if kind == "flat" else size
 
 
 def find_cases(*, suite: str | None, names: Iterable[str]) -> tuple[Case, ...]:

@@ -50,7 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="several go into one chart")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write sync_share.svg there")
     args = parser.parse_args(argv)
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
+    reports = []
+    for path in args.results:
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path} holds no results: {error}")
+
+        if not (isinstance(report, dict) and isinstance(report.get("cases"), list)):
+            parser.error(f"{path} holds no results of bench_sync.py: there are no cases in it")
+
+        reports.append(report)
+
     for report in reports:
         print(as_markdown(report))
 
@@ -60,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ImportError:
             print("sync_chart: the chart needs matplotlib", file=sys.stderr)
             return 2
+        except OSError as error:
+            parser.error(f"--plot: cannot draw to {args.plot}: {error}")
 
     return 0
 

@@ -13,23 +13,22 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import anyio
 import torch
-from common import environment, named_option
+from common import count, environment, named_option, results_file, write_results
 from sync_cases import Case, find_cases
 from sync_measure import case_facts, started_actors
 
 from wavecast.runtime import ModelGroup, ParameterSyncGroup
 from wavecast.runtime.cluster import RayActors, call_all, cluster
 from wavecast.runtime.demo import DemoActor
+from wavecast.runtime.errors import ConfigError
 from wavecast.runtime.transfer import steps
 from wavecast.runtime.transfer.agent import Agent
 from wavecast.runtime.transfer.announcer import Announcer
@@ -129,10 +128,16 @@ class TracedActor(DemoActor):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trace a case; print it as text or JSON. Return 0 when its weights were right, else 1."""
+    """Trace a case; print it, and write it as JSON. Return 0 when its weights were right, else 1, or 2 when refused."""
     args = _parse(argv)
-    (case,) = find_cases(suite=None, names=[args.case])
-    case = case.with_options(dict(args.set))
+    try:
+        (case,) = find_cases(suite=None, names=[args.case])
+        case = case.with_options(dict(args.set))
+        case.sync_options()
+    except ConfigError as error:
+        print(f"trace_sync: {error}", file=sys.stderr)
+        return 2
+
     reason = case.reason_to_skip(torch.cuda.device_count())
     if reason is not None:
         print(f"trace_sync: {args.case} {reason}", file=sys.stderr)
@@ -140,13 +145,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.profile is not None:
         args.profile = os.path.abspath(args.profile)
-        os.makedirs(args.profile, exist_ok=True)
+        try:
+            os.makedirs(args.profile, exist_ok=True)
+        except OSError as error:
+            print(f"trace_sync: cannot write traces to {args.profile!r}: {error.strerror}", file=sys.stderr)
+            return 2
 
     with cluster(None):
         report = anyio.run(functools.partial(_trace, case, warm=args.warm, profile=args.profile), backend="asyncio")
 
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_results(args.json, report)
 
     print("\n".join(_lines(report)))
     return 0 if report["verified"] else 1
@@ -250,12 +259,12 @@ def _lines(report: dict[str, object]) -> Iterable[str]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", required=True, help="a case of bench_sync.py")
-    parser.add_argument("--warm", type=int, default=7, help="warm syncs, of which the median is shown")
+    parser.add_argument("--warm", type=count, default=7, help="warm syncs, of which the median is shown")
     parser.add_argument(
         "--set", action="append", type=named_option, default=[], metavar="NAME=VALUE", help="an option, in JSON"
     )
     parser.add_argument("--profile", metavar="DIR", help="record one more sync with PyTorch's profiler")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=results_file, metavar="FILE")
     return parser.parse_args(argv)
 
 

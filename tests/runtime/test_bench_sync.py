@@ -26,6 +26,7 @@ from wavecast.scheduler import STRATEGIES, RunReport
 
 ROOT = Path(__file__).parents[2]
 MODULES = (
+    "common",
     "processes",
     "ceilings",
     "sync_cases",
@@ -36,6 +37,11 @@ MODULES = (
     "bench_sync",
     "trace_sync",
     "gpu_faults",
+    "bench_plan",
+    "bench_schedule",
+    "layout_zoo",
+    "soak",
+    "soak_ray",
 )
 
 
@@ -145,6 +151,22 @@ def test_options_of_the_command_override_those_of_a_case(bench):
 def test_an_option_that_the_group_does_not_have_is_refused_by_name(bench):
     with pytest.raises(ConfigError, match="no option 'speed', given as 9"):
         case(bench, "across-7b").with_options({"speed": 9}).sync_options()
+
+
+def test_a_transport_of_gpus_is_refused_for_a_case_in_host_memory(bench):
+    for transport in ("nccl", "ipc"):
+        with pytest.raises(ConfigError, match=f"transport '{transport}' moves GPU memory, case 'cpu-across-7b'"):
+            case(bench, "cpu-across-7b").with_options({"transport": transport}).sync_options()
+
+
+def test_the_size_of_a_side_is_read_with_its_kind(bench):
+    assert [bench.sync_cases._ranks(side) for side in ("fsdp2=3", "vllm=2", "flat=8", "tp=2,pp=2", "")] == [
+        3,
+        2,
+        1,
+        4,
+        1,
+    ]
 
 
 # Traffic.
@@ -459,6 +481,145 @@ def test_results_are_on_disk_after_every_case(bench, tmp_path, capsys):
     assert json.loads(path.read_text()) == {"cases": [{"name": "one"}]}
     assert capsys.readouterr().err == "one: done\n"
     assert [found.name for found in path.parent.iterdir()] == ["results.json"]
+
+
+def test_results_go_into_a_pipe_and_do_not_replace_it(bench, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert bench.common.results_file(str(pipe)) == str(pipe)
+        bench.common.write_results(str(pipe), {"cases": []})
+        assert json.loads(os.read(reader, 1 << 10)) == {"cases": []}
+    finally:
+        os.close(reader)
+
+    assert [found.name for found in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_asking_whether_results_can_be_written_leaves_the_earlier_ones(bench, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("earlier")
+    assert bench.common.results_file(str(path)) == str(path)
+    assert path.read_text() == "earlier"
+    assert [found.name for found in tmp_path.iterdir()] == ["results.json"]
+
+
+def refused(module, words, capsys, monkeypatch):
+    """Return the line that ``main`` ends in with status 2, having started no cluster and run nothing."""
+
+    def started(*_, **__):
+        raise AssertionError(f"{words} were not refused at once")
+
+    for name in ("cluster", "start_ray"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, started)
+
+    try:
+        status = module.main(words)
+    except SystemExit as end:
+        status = end.code
+
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (2, "")
+    return captured.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("way", ["--src", "--dst"])
+@pytest.mark.parametrize(
+    ("side", "found"),
+    [
+        ("fsdp2=x", "side 'fsdp2=x': fsdp2='x' is not"),
+        ("fsdp2", "side 'fsdp2': fsdp2='' is not"),
+        ("fsdp2=-1", "side 'fsdp2=-1': fsdp2='-1' is not"),
+        ("flat=0", "side 'flat=0': flat='0' is not a whole number from 1 to 1024"),
+        ("flat=x", "side 'flat=x': flat='x' is not"),
+        ("flat=999999999", "side 'flat=999999999': flat='999999999' is not"),
+        ("vllm=", "side 'vllm=': vllm='' is not"),
+        ("vllm=1,tp=2", "side 'vllm=1,tp=2': vllm='1,tp=2' is not"),
+        ("vllm=5", "tp_size=5 does not divide"),
+        ("tp=0", "mesh 'tp=0': tp='0' is not a positive integer"),
+        ("zero=2", "mesh 'zero=2': 'zero=2' is not AXIS=SIZE"),
+        ("dp=999999999", "takes 1000000000 actors, it may take at most 1024"),
+    ],
+)
+def test_a_side_that_cannot_be_is_refused_at_once(bench, capsys, monkeypatch, way, side, found):
+    words = ["--preset", "tiny-qwen2", "--layers", "1", way, side]
+    assert found in refused(bench.bench_sync, words, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--suite", "cpu", "--set", "budget_bytes=abc"], "option budget_bytes is 'abc', it must be an integer"),
+        (["--suite", "cpu", "--set", "budget_bytes=-1"], "option budget_bytes is -1, it must be at least 65536"),
+        (["--suite", "cpu", "--set", "nope=1"], "the group has no option 'nope', given as 1"),
+        (["--suite", "two", "--set", "nope=1"], "the group has no option 'nope', given as 1"),
+        (["--suite", "cpu", "--set", "transport=nonsense"], "option transport is 'nonsense', it must be auto"),
+        (["--suite", "cpu", "--set", "transport=nccl"], "transport 'nccl' moves GPU memory"),
+        (["--suite", "cpu", "--set", f"in_flight={'1' * 5000}"], "option in_flight is '111"),
+        (["--suite", "cpu", "--set", "in_flight"], "argument --set: 'in_flight' is not NAME=VALUE"),
+        (["--suite", "nope"], "argument --suite: invalid choice: 'nope'"),
+        (["--preset", "nope"], "unknown preset 'nope'; known: "),
+        (["--preset", "tiny-qwen2", "--dtype", "nope"], "unknown dtype 'nope'; known: "),
+        (["--preset", "tiny-qwen2", "--layers", "0"], "layers=0 is not between 1 and"),
+        (["--preset", "tiny-qwen2", "--replicas", "0"], "replicas is 0"),
+        (["--preset", "tiny-qwen2", "--in-flight", "0"], "option in_flight is 0"),
+        (["--repeat", "0"], "argument --repeat: '0' is not a whole number of at least 1"),
+        (["--repeat", "x"], "argument --repeat: 'x' is not a whole number of at least 1"),
+        (["--case-seconds", "nan"], "argument --case-seconds: 'nan' is not a positive number of seconds"),
+        (["--ceiling-seconds", "-1"], "argument --ceiling-seconds: '-1' is not a positive number of seconds"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(bench, capsys, monkeypatch, words, found):
+    assert found in refused(bench.bench_sync, words, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(("script", "words"), [("bench_sync", ["--list"]), ("trace_sync", ["--case", "cpu-across-7b"])])
+@pytest.mark.parametrize(
+    ("place", "why"), [("/proc/nope/x", "No such file or directory"), ("{folder}", "Is a directory")]
+)
+def test_results_that_cannot_be_written_are_refused_at_once(
+    bench, capsys, monkeypatch, tmp_path, script, words, place, why
+):
+    where = place.format(folder=tmp_path)
+    line = refused(getattr(bench, script), [*words, "--json", where], capsys, monkeypatch)
+    assert line.endswith(f"argument --json: cannot write to {where!r}: {why}")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "found"),
+    [
+        ("trace_sync", ["--case", "nope"], "trace_sync: unknown case 'nope'; known: across-7b, "),
+        ("trace_sync", ["--case", "cpu-across-7b", "--warm", "0"], "argument --warm: '0' is not a whole number"),
+        ("trace_sync", ["--case", "cpu-across-7b", "--set", "nope=1"], "the group has no option 'nope', given as 1"),
+        ("trace_sync", ["--case", "cpu-across-7b", "--set", "budget_bytes=-1"], "option budget_bytes is -1"),
+        ("trace_sync", ["--case", "cpu-across-7b", "--profile", "/proc/nope"], "cannot write traces to '/proc/nope'"),
+        ("gpu_faults", ["--device", "cpu", "--model", "nope"], "gpu_faults: unknown preset 'nope'; known: "),
+        ("gpu_faults", ["--device", "cpu", "--model", "tiny-qwen2"], "model 'tiny-qwen2' has 18683648 bytes here"),
+        ("gpu_faults", ["--device", "cpu", "--transports", "nccl"], "goes over gloo alone, not nccl"),
+        ("bench_plan", ["--repeat", "0"], "--repeat is 0: it must be 1 or more"),
+        ("bench_plan", ["nope"], "unknown case 'nope'; known: qwen2.5-7b, "),
+        ("soak", ["--syncs", "0"], "--syncs is 0: it must be 1 or more"),
+        ("soak_ray", ["--syncs", "-3"], "--syncs is -3: it must be 1 or more"),
+        ("sync_chart", ["/proc/nope"], "/proc/nope holds no results: "),
+        ("bench_schedule", ["--from", "/proc/nope"], "--from: /proc/nope holds no earlier figures"),
+        ("bench_schedule", ["--docs", __file__], "test_bench_sync.py lacks the markers"),
+        ("layout_zoo", ["--write", __file__], "test_bench_sync.py lacks the markers"),
+        ("layout_zoo", ["--only", "nope"], "--only: no case has 'nope' in its name"),
+    ],
+)
+def test_other_scripts_refuse_what_cannot_be_at_once(bench, capsys, monkeypatch, script, words, found):
+    assert found in refused(getattr(bench, script), words, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("script", ["sync_chart", "bench_schedule"])
+@pytest.mark.parametrize("text", ["{}", "[1]"])
+def test_a_file_without_figures_is_refused_as_one(bench, capsys, monkeypatch, tmp_path, script, text):
+    path = tmp_path / "figures.json"
+    path.write_text(text)
+    words = [str(path)] if script == "sync_chart" else ["--from", str(path)]
+    assert f"{path} holds no " in refused(getattr(bench, script), words, capsys, monkeypatch)
 
 
 def test_the_list_of_cases_needs_no_cluster(bench, capsys):
