@@ -44,6 +44,9 @@ class TransferWorker:
         the last time while the tensors are the same objects: with thousands of them this is what makes a warm sync
         cheap. Storage that moved under a tensor, and a new shape, are noticed. Where nothing of the kind can happen,
         return the same :class:`~wavecast.runtime.FixedShards`: they are not looked at one by one.
+
+        On a GPU the sync comes after all that the current stream of this thread has been given; what other streams have
+        yet to do to the weights must have been joined to it, here or in :meth:`before_sync` at the latest.
         """
         raise TypeError(f"{type(self).__name__} mixes in TransferWorker and must define transfer_shards()")
 
