@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from wavecast.runtime.transfer.copying import gather, pack
 from wavecast.runtime.transfer.fused import FusedCopier, Tables, Tally
 from wavecast.runtime.transfer.memory import Memory, as_bits
 from wavecast.runtime.transfer.program import Bucket, Cut, fill_buckets
+from wavecast.runtime.transfer.tables import Table
 
 CPU = torch.device("cpu")
 
@@ -198,23 +200,74 @@ def test_a_changed_bit_in_the_first_bytes_of_a_step_changes_the_sum(place: int) 
     assert weighed_sum(changed(data, place, 0)) != weighed_sum(data)
 
 
-def test_what_was_corrupted_in_the_receivers_memory_shows_in_its_sum(device: Device) -> None:
-    """Its sum is of what lies in its weights after writing, not of what came in."""
-    source, target = noise(torch.zeros(64, dtype=torch.int32), 1), torch.zeros(64, dtype=torch.int32)
-    (bucket,) = fill_buckets([Cut("w", (0,), (64,), "int32")], bucket_bytes=256)
-    sender = FusedCopier(Tables(Memory([Shard("w", source, (0,), (64,))])), Tally(1, CPU))
-    receiver = FusedCopier(Tables(Memory([Shard("w", target, (0,), (64,))])), Tally(1, CPU))
-    window = aligned(256)
-    sender.pack(0, bucket, window)
-    device.drain()
+def flip_a_bit(table: Table, source_base: int, target_base: int, total: torch.Tensor) -> None:
+    """Write all of it, and a bit changes then."""
+    host_device.walk(table, source_base, target_base, total, "COPY")
+    address = target_base + table.rows.tolist()[-1][1]
+    (byte,) = ctypes.string_at(address, 1)
+    ctypes.memmove(address, bytes([byte ^ 1]), 1)
 
-    receiver.unpack(0, bucket, window, go_on)
-    # Between the copy and the sum, which are two launches.
-    stream = device.default
-    assert stream is not None
-    stream.work.insert(-1, lambda: bool(target[5].bitwise_xor_(1)) or True)
-    device.drain()
-    assert receiver.sums(1) != sender.sums(1)
+
+def write_nothing(table: Table, source_base: int, target_base: int, total: torch.Tensor) -> None:
+    pass
+
+
+def write_beside(table: Table, source_base: int, target_base: int, total: torch.Tensor) -> None:
+    """Write all of it 16 bytes further on than it belongs."""
+    host_device.walk(table, source_base, target_base + 16, total, "COPY")
+
+
+@pytest.mark.parametrize("write", [flip_a_bit, write_nothing, write_beside])
+def test_what_was_corrupted_in_the_receivers_memory_shows_in_its_sum(
+    device: Device, monkeypatch: pytest.MonkeyPatch, write: Callable[[Table, int, int, torch.Tensor], None]
+) -> None:
+    """Its sum is of what lies in its weights after writing, not of what came in."""
+    rooms = [torch.zeros(70, dtype=torch.int32) for _ in range(3)]
+    sources = Memory([Shard(f"w{n}", noise(torch.zeros(64, dtype=torch.int32), n), (0,), (64,)) for n in range(3)])
+    targets = Memory([Shard(f"w{n}", room[:64], (0,), (64,)) for n, room in enumerate(rooms)])
+    # A bucket of one cut would be sent out of the tensor itself.
+    (bucket,) = fill_buckets([Cut(f"w{n}", (0,), (64,), "int32") for n in range(3)], bucket_bytes=768)
+    kept = Tables(sources), Tables(targets)
+    walk = host_device.walk
+
+    def transfer() -> tuple[list[int], list[int]]:
+        """Return both ends' sums."""
+        sender, receiver = (FusedCopier(each, Tally(1, CPU)) for each in kept)
+        window = aligned(bucket.nbytes)
+        sent = sender.pack(0, bucket, window)
+        assert sent is window
+        sender.packed(0, bucket, sent)
+        device.drain()
+        receiver.unpack(0, bucket, sent, go_on)
+        device.drain()
+        return sender.sums(1), receiver.sums(1)
+
+    def arrived() -> bool:
+        return all(torch.equal(tensor_of(a), tensor_of(b)) for a, b in zip(sources.shards, targets.shards, strict=True))
+
+    def spoilt(table: Table, source_base: int, target_base: int, total: torch.Tensor, mode: str) -> None:
+        if mode == "COPY":
+            monkeypatch.setattr(host_device, "walk", walk)
+            write(table, source_base, target_base, total)
+        else:
+            walk(table, source_base, target_base, total, mode)
+
+    (wire,) = wire_of(sources, [bucket])
+    expected = [signed(weighed_sum(wire))]
+    assert expected != [0]
+    assert transfer() == (expected, expected)
+    assert arrived()
+    for room in rooms:
+        room.zero_()
+
+    monkeypatch.setattr(host_device, "walk", spoilt)
+    sent, found = transfer()
+    assert not arrived()
+    assert sent == expected
+    assert found != expected
+    # Whatever was there, the next run starts with none of it.
+    assert transfer() == (expected, expected)
+    assert arrived()
 
 
 def test_tables_are_made_once_for_all_runs(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
