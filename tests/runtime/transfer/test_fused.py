@@ -11,6 +11,7 @@ import torch
 
 from tests.runtime.transfer import host_device
 from tests.runtime.transfer.host_device import Device, signed, weighed_sum
+from wavecast.runtime.errors import LayoutError
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
 from wavecast.runtime.transfer import tables
@@ -268,6 +269,38 @@ def test_what_was_corrupted_in_the_receivers_memory_shows_in_its_sum(
     # Whatever was there, the next run starts with none of it.
     assert transfer() == (expected, expected)
     assert arrived()
+
+
+@pytest.mark.parametrize("names", ["a", "ab"], ids=["sent in place", "packed"])
+def test_a_tensor_that_has_moved_is_not_packed(device: Device, names: str) -> None:
+    """Where tensors lie is kept from run to run: what is there now is no longer its owner's."""
+    views = {name: noise(torch.zeros(16, dtype=torch.int32), number) for number, name in enumerate(names)}
+    kept = Tables(Memory([Shard(name, view, (0,), (16,)) for name, view in views.items()]))
+    (bucket,) = fill_buckets([Cut(name, (0,), (16,), "int32") for name in names], bucket_bytes=1024)
+
+    def pack_again() -> torch.Tensor:
+        window = aligned(bucket.nbytes)
+        sent = FusedCopier(kept, Tally(1, CPU)).pack(0, bucket, window)
+        device.drain()
+        assert (sent is window) == (len(names) > 1)
+        return sent
+
+    for _ in range(2):
+        assert bytes(pack_again().tolist()) == b"".join(bytes(view.view(torch.uint8)) for view in views.values())
+
+    moved = views[names[-1]]
+    old = moved.data
+    moved.data = old.clone()
+    assert device.default is not None
+    copier, window = FusedCopier(kept, Tally(1, CPU)), aligned(bucket.nbytes)
+    device.drain()
+    with pytest.raises(LayoutError, match=f"'{names[-1]}' was changed during the sync") as caught:
+        copier.pack(0, bucket, window)
+
+    assert caught.value.tensor == names[-1]
+    assert not device.default.work
+    moved.data = old
+    pack_again()
 
 
 def test_tables_are_made_once_for_all_runs(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
