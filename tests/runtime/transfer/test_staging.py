@@ -322,9 +322,16 @@ def test_a_run_after_a_failed_one_starts_afresh() -> None:
     assert [view.tolist() for view in views] == [[7] * 8, [8] * 8]
 
 
-def test_it_holds_two_buckets_and_says_so() -> None:
-    staging = Staging(48, Script([]))
-    assert staging.nbytes == 96
+def allocated(staging: Staging) -> int:
+    """The bytes that really lie behind the slots."""
+    storages = (slot.buffer.untyped_storage() for slot in staging._slots)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("bucket_bytes", [0, 48, 1 << 20])
+def test_it_holds_two_buckets_and_says_so(bucket_bytes: int) -> None:
+    staging = Staging(bucket_bytes, Script([]))
+    assert staging.nbytes == allocated(staging) == 2 * bucket_bytes
 
 
 def test_nothing_is_summed_up_where_no_sums_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
