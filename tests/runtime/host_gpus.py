@@ -47,7 +47,7 @@ from wavecast.runtime.transfer.comm import Communicator, CudaFence, Deadline, Fe
 from wavecast.runtime.transfer.futures import Promise
 from wavecast.runtime.transfer.holding import Holding
 from wavecast.runtime.transfer.hooks import Hook
-from wavecast.runtime.transfer.memory import Memory
+from wavecast.runtime.transfer.memory import Memory, as_bits
 from wavecast.runtime.transfer.messages import (
     CloseRun,
     Commit,
@@ -380,6 +380,11 @@ class GpuTorch:
     def empty(*sizes: object, device: object = None, pin_memory: bool = False, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*sizes, dtype=dtype)  # type: ignore[call-overload, no-any-return]
 
+    @staticmethod
+    def _foreach_copy_(targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool = False) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source, non_blocking=non_blocking)
+
 
 def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Machine:
     """Put host memory in the place of GPUs'."""
@@ -400,6 +405,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> Mach
     lay_down = tables._table
     monkeypatch.setattr(tables, "_table", lambda segments, unit, tile, device: lay_down(segments, unit, tile, CPU))
     monkeypatch.setattr(tables, "_launch", machine.launch)
+    # A flip copies between these.
+    monkeypatch.setattr(shadow, "as_bits", lambda view: on_device(as_bits(view), machine.gpus[machine.here()]))
     monkeypatch.setattr(runs, "has_kernels", lambda: True)
     monkeypatch.setattr(runs, "warm_up", lambda device: None)
     monkeypatch.setattr(fused, "read_async", machine.fetch)
@@ -482,6 +489,11 @@ class GpuWeights(Weights):
         copy = super()._second_copy(live)
         placed(copy.memory, self._gpu)
         return copy
+
+    def _flip(self, run: Run) -> float:
+        # An actor's process has no other GPU.
+        self._gpu.machine.make_current(self._gpu.index)
+        return super()._flip(run)
 
 
 def placed(memory: Memory, gpu: Gpu) -> Memory:

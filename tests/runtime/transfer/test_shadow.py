@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from tests.runtime import host_gpus
+from tests.runtime.host_gpus import placed
 from wavecast.runtime.layout.box import Box
 from wavecast.runtime.layout.shard import Computed, Shard
 from wavecast.runtime.transfer.memory import Memory, as_bits
@@ -104,3 +107,24 @@ def test_parameters_that_want_a_gradient_are_flipped() -> None:
     shadow.flip(shards, {"p"})
     assert parameter.tolist() == [2.0] * 3
     assert parameter.requires_grad
+
+
+def test_a_flip_on_a_device_comes_after_what_that_had_to_do_and_is_over_when_it_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever reads the weights next, on whatever stream, waits for nothing."""
+    machine = host_gpus.install(monkeypatch)
+    gpu = machine.gpu()
+    machine.make_current(gpu.index)
+    dense, strided = torch.zeros(4, 4), torch.zeros(4, 8)[:, 2:5]
+    shards = [shard("dense", dense), shard("strided", strided)]
+    shadow = Shadow(shards)
+    placed(shadow.memory, gpu)
+    copies = random_bits(shadow)
+    read: list[bool] = []
+    gpu.default.put(lambda: read.extend(bool(as_bits(view).any()) for view in (dense, strided)))
+    shadow.flip(shards, {"dense", "strided"})
+    # Nothing is done here but what somebody has waited for.
+    assert read == [False, False]
+    for live, copy in zip((dense, strided), copies, strict=True):
+        assert torch.equal(as_bits(live), as_bits(copy))
