@@ -103,9 +103,26 @@ class Stream:
         event.record(other)
         self.wait_event(event)
 
+    def put_late(self, job: Callable[[], object]) -> None:
+        """
+        Queue what takes as long as it can: until somebody waits for a stream of this device that is held up, or
+        something of it travels.
+        """
+        gate = [False]
+        self.gpu.late.append(gate)
+        self.put_waiting(lambda: gate[0])
+        self.put(job)
+
     def synchronize(self) -> None:
         with self.machine.changed:
-            self.machine.changed.wait_for(lambda: self.machine.advance() and not self.work)
+            self.machine.changed.wait_for(self._is_through)
+
+    def _is_through(self) -> bool:
+        self.machine.advance()
+        if self.work:
+            self.gpu.let_go()
+
+        return not self.work
 
 
 class Event:
@@ -137,6 +154,7 @@ class Gpu:
 
     :ivar default: the stream of the actor's own work
     :ivar queued: how much has been queued on its streams so far
+    :ivar late: gates of what takes as long as it can
     """
 
     type = "cuda"
@@ -145,7 +163,16 @@ class Gpu:
         self.machine = machine
         self.index = index
         self.queued = 0
+        self.late: list[list[bool]] = []
         self.default = Stream(self)
+
+    def let_go(self) -> None:
+        """Let what takes long come to its end."""
+        with self.machine.changed:
+            while self.late:
+                self.machine.open_gate(self.late.pop())
+
+            self.machine.advance()
 
 
 class DeviceTensor(torch.Tensor):
@@ -447,7 +474,9 @@ class StreamedCommunicator:
 
     def start(self, buffer: torch.Tensor, *, sender: int, receivers: tuple[int, ...], deadline: Deadline) -> Move:
         self._machine.current_stream().synchronize()
-        return self._inner.start(buffer, sender=sender, receivers=receivers, deadline=deadline)
+        move = self._inner.start(buffer, sender=sender, receivers=receivers, deadline=deadline)
+        cast("Gpu", self.device).let_go()
+        return move
 
     def fence(self) -> Fence:
         event = Event()
