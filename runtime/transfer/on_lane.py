@@ -83,6 +83,7 @@ def _disconnect(request: Disconnect, session: Session) -> Done:
 
     if request.memory:
         session.equipment.detach()
+        session.forget_steps()
         run.releases_memory = True
 
     return Done()

@@ -101,6 +101,14 @@ async def test_what_is_somebody_elses_by_now_is_not_written_to(machine: Machine,
         assert (moved == 7.0).all()
 
 
+def set_apart(actor: LocalActor) -> None:
+    """Put the actor's matrix where nothing else is: into pages of its own."""
+    held, page = holder(actor), 1 << 16
+    room = torch.zeros(held.matrix.nbytes + 2 * page, dtype=torch.uint8)
+    first = -room.data_ptr() % page
+    held.matrix = room[first : first + held.matrix.nbytes].view(held.matrix.dtype).view(held.matrix.shape)
+
+
 @pytest.mark.parametrize("kind", [Kept, Many, Mixed])
 @pytest.mark.parametrize("only", [None, "trainable"])
 async def test_memory_that_is_freed_and_allocated_anew_where_it_was_is_mapped_anew(
@@ -111,6 +119,9 @@ async def test_memory_that_is_freed_and_allocated_anew_where_it_was_is_mapped_an
     if kind is Mixed:
         for trainer in stage.trainers:
             held(trainer, Mixed).dtype, held(trainer, Mixed).kept = torch.float32, None  # type: ignore[attr-defined]
+
+    for trainer in stage.trainers:
+        set_apart(trainer)
 
     async with group_of(stage) as group:
         await sync_twice(stage, group)
@@ -128,6 +139,7 @@ async def test_memory_that_is_freed_and_allocated_anew_where_it_was_is_mapped_an
 
 async def test_memory_that_is_made_anew_while_it_is_pulled_is_noticed(machine: Machine) -> None:
     stage = GpuStage(machine)
+    set_apart(stage.trainers[0])
     async with group_of(stage, transport="ipc") as group:
         await sync_twice(stage, group)
 

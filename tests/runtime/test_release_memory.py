@@ -11,6 +11,8 @@ from tests.runtime.host_gpus import Machine
 from tests.runtime.local_actors import ELEMENTS, Holder, LocalActor, Stage, local
 from tests.runtime.test_ahead import GpuStage, gpu_actor, group_of, machine, pool
 from wavecast.runtime import Shard, SyncError
+from wavecast.runtime.transfer import session
+from wavecast.runtime.transfer.lane import Lane
 
 __all__ = ("local", "machine", "pool")
 
@@ -61,6 +63,25 @@ async def test_what_a_hook_offloads_after_the_commit_is_freed(staging: str) -> N
             assert [stage.values(replica) for replica in range(2)] == [{value}, {value}]
 
     assert [viewer(actor).alive for actor in stage.actors] == [[False] * 3] * 6
+
+
+async def test_no_thread_keeps_it_that_has_not_run_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lingering(Lane):
+        """Holds what it has done last until there is something else to do."""
+
+        def _work(self) -> None:
+            call = self._calls.get()
+            while call is not None:
+                call()
+                call = self._calls.get()
+
+    monkeypatch.setattr(session, "Lane", Lingering)
+    stage = Stage(kind=Viewer)
+    async with stage.group(release_memory=True) as syncing:
+        for _ in range(2):
+            await syncing.sync()
+
+    assert [viewer(actor).alive for actor in stage.actors] == [[False] * 2] * 6
 
 
 async def test_without_being_asked_it_is_kept_for_the_next_sync() -> None:
@@ -119,8 +140,8 @@ async def test_mappings_are_given_back_before_the_commit_and_made_anew(machine: 
 
             agents = [gpu_actor(actor).agent for actor in stage.actors]
             assert [agent._holding.memory for agent in agents] == [None] * 4
-            sessions = [session for agent in agents for session in agent._runs._sessions.values()]
-            assert [session.equipment.puller for session in sessions] == [None] * 4
+            sessions = [each for agent in agents for each in agent._runs._sessions.values()]
+            assert [each.equipment.puller for each in sessions] == [None] * 4
 
             assert not any(stage.machine.opened.values())
 
